@@ -1,0 +1,41 @@
+"""Sparse matrix products and LSTM layers that skip dropped units. Knows no host program and no ``nn.Module``.
+
+Functions dispatch to a backend by the operands' device; ``SD_PLUGIN_BACKEND`` forces one
+(see :mod:`sd_plugin.kernels.dispatch`). ``reference`` is the specification of them all.
+"""
+
+from .dispatch import BACKENDS, BackendError, choose, fallbacks, forced, status
+from .kept import Kept
+from .ops import (
+    LSTMGradients,
+    LSTMResult,
+    PackedWeights,
+    gemm_bp,
+    gemm_fp,
+    gemm_wg,
+    lstm_backward,
+    lstm_forward,
+    lstm_pack,
+)
+from .steps import TIME_MAJOR, Steps
+
+__all__ = [
+    "BACKENDS",
+    "TIME_MAJOR",
+    "BackendError",
+    "Kept",
+    "LSTMGradients",
+    "LSTMResult",
+    "PackedWeights",
+    "Steps",
+    "choose",
+    "fallbacks",
+    "forced",
+    "gemm_bp",
+    "gemm_fp",
+    "gemm_wg",
+    "lstm_backward",
+    "lstm_forward",
+    "lstm_pack",
+    "status",
+]

@@ -1,0 +1,126 @@
+"""Chooses the backend of each call from the operands' device and dtype and from what is available here.
+
+``SD_PLUGIN_BACKEND`` forces one; a forced backend that cannot run is an error, never a silent fallback. A backend
+that would have been preferred but cannot do a call is counted in :data:`fallbacks`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections import Counter
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .kept import Kept
+    from .steps import Steps
+
+VARIABLE = "SD_PLUGIN_BACKEND"
+#: Backends by preference, with the device types each is made for (None: every device).
+BACKENDS: dict[str, str | None] = {"cuda": "cuda", "cpu": "cpu", "reference": None}
+#: (operation, backend passed over, reason) -> number of calls that went to a slower backend instead.
+fallbacks: Counter[tuple[str, str, str]] = Counter()
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and does not exist or cannot run."""
+
+
+class Backend(Protocol):
+    """What a backend's module offers; arguments are checked before it is called."""
+
+    NAME: str
+
+    def reason_unavailable(self) -> str | None:
+        """Why it cannot run on this machine (no compiler, no GPU, ...); None when it can."""
+
+    def reason_unsupported(self, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot do this call; None when it can."""
+
+    def gemm_fp(self, x: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
+        """Column-sparse input product."""
+
+    def gemm_bp(self, dy: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
+        """Column-sparse output product."""
+
+    def gemm_wg(self, x: Tensor, dy: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
+        """Row-sparse output product."""
+
+    def lstm_pack(
+        self, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None
+    ) -> Any:
+        """Parameters in the backend's own layout."""
+
+    def lstm_forward(self, packed: Any, *args: Any) -> Any:
+        """A layer over a sequence."""
+
+    def lstm_backward(self, packed: Any, *args: Any) -> Any:
+        """Its gradients."""
+
+
+@lru_cache(maxsize=None)
+def _load(name: str) -> tuple[Backend | None, str | None]:
+    """The backend's module, or why there is none. Asked once per process: the answer cannot change."""
+    package = f"{__package__}.{name}"
+    if importlib.util.find_spec(package) is None:
+        return None, "this version of sd-plugin does not include it"
+    try:
+        backend: Any = importlib.import_module(package)
+    except ImportError as error:
+        return None, f"it failed to import ({error})"
+    reason = backend.reason_unavailable()
+    return (None, reason) if reason else (backend, None)
+
+
+def status() -> dict[str, str | None]:
+    """Every backend by preference, with why it is unavailable (None: available)."""
+    return {name: _load(name)[1] for name in BACKENDS}
+
+
+def forced() -> str | None:
+    """The backend that ``SD_PLUGIN_BACKEND`` names, None when it is unset, empty or ``auto``.
+
+    Raises:
+        BackendError: it names no backend.
+    """
+    name = os.environ.get(VARIABLE, "").strip().lower()
+    if name in ("", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise BackendError(f"{VARIABLE}={name} is no backend; valid: auto, {', '.join(BACKENDS)}")
+    return name
+
+
+def choose(operation: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    """The backend for ``operation`` on operands of this device and dtype.
+
+    Raises:
+        BackendError: the backend forced by ``SD_PLUGIN_BACKEND`` is unknown, unavailable or cannot do it.
+    """
+    name = forced()
+    if name is not None:
+        backend, reason = _load(name)
+        made_for = BACKENDS[name]
+        if backend is not None and made_for not in (None, device.type):
+            reason = f"it runs on {made_for} tensors, got {device.type}"
+        elif backend is not None:
+            reason = backend.reason_unsupported(operation, device, dtype)
+        if backend is None or reason:
+            raise BackendError(f"{VARIABLE}={name} cannot do {operation}: {reason}")
+        return backend
+    for candidate, made_for in BACKENDS.items():
+        if made_for not in (None, device.type):
+            continue
+        backend, _ = _load(candidate)
+        if backend is None:
+            continue
+        reason = backend.reason_unsupported(operation, device, dtype)
+        if reason is None:
+            return backend
+        fallbacks[operation, candidate, reason] += 1
+    raise BackendError(f"no backend can do {operation} on {device.type} {dtype}")

@@ -1,0 +1,256 @@
+"""The public kernels: arguments checked once, then the backend that :mod:`.dispatch` chooses."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .dispatch import Backend, choose
+from .kept import Kept
+from .steps import TIME_MAJOR, Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def gemm_fp(x: Tensor, weight_t: Tensor, kept: Kept | None = None, steps: Steps = TIME_MAJOR) -> Tensor:
+    """Forward product with a column-sparse input: ``y_t = scale · x_t[:, kept_t] @ weight_t[kept_t, :]``.
+
+    Columns of ``x`` that are not kept are not read: they count as zero whatever they hold.
+
+    Args:
+        x: ``[T, B, K]`` (or as ``steps`` says), any floating dtype, any strides.
+        weight_t: ``[K, N]``, K-major, same dtype and device.
+        kept: kept units ``[T, k]`` of ``K``; None multiplies densely.
+        steps: which rows belong to which time step.
+
+    Returns:
+        ``[T, B, N]`` (or as ``steps`` says). Half types are accumulated in float32.
+
+    Raises:
+        ValueError: shapes, steps or sizes disagree. TypeError: dtypes or devices disagree.
+
+    Source: the paper, section 3.2, forward pass.
+    """
+    steps.check("x", x)
+    _check_columns("x", x, weight_t, 0)
+    _check_kept("kept", kept, steps.count(x), weight_t.shape[0], x)
+    return choose("gemm_fp", x.device, x.dtype).gemm_fp(x, weight_t, kept, steps)
+
+
+def gemm_bp(dy: Tensor, weight_t: Tensor, kept: Kept | None = None, steps: Steps = TIME_MAJOR) -> Tensor:
+    """Input gradient, column-sparse output: ``dx_t[:, kept_t] = scale · dy_t @ weight_t[kept_t, :].T``, else zero.
+
+    Args:
+        dy: ``[T, B, N]`` (or as ``steps`` says).
+        weight_t: ``[K, N]``, K-major.
+        kept: kept units ``[T, k]`` of ``K``; None multiplies densely.
+        steps: which rows belong to which time step.
+
+    Returns:
+        ``[T, B, K]`` (or as ``steps`` says).
+
+    Raises:
+        ValueError: shapes, steps or sizes disagree. TypeError: dtypes or devices disagree.
+
+    Source: the paper, section 3.2, backward pass.
+    """
+    steps.check("dy", dy)
+    _check_columns("dy", dy, weight_t, 1)
+    _check_kept("kept", kept, steps.count(dy), weight_t.shape[0], dy)
+    return choose("gemm_bp", dy.device, dy.dtype).gemm_bp(dy, weight_t, kept, steps)
+
+
+def gemm_wg(x: Tensor, dy: Tensor, kept: Kept | None = None, steps: Steps = TIME_MAJOR) -> Tensor:
+    """Weight gradient, row-sparse output: ``dweight_t[kept_t, :] += scale · x_t[:, kept_t].T @ dy_t`` over ``t``.
+
+    Args:
+        x: ``[T, B, K]`` and dy: ``[T, B, N]`` (or as ``steps`` says).
+        kept: kept units ``[T, k]`` of ``K``; None multiplies densely.
+        steps: which rows belong to which time step.
+
+    Returns:
+        ``[K, N]``, K-major.
+
+    Raises:
+        ValueError: shapes, steps or sizes disagree. TypeError: dtypes or devices disagree.
+
+    Source: the paper, section 3.2, weight-gradient computation.
+    """
+    steps.check("x", x)
+    steps.check("dy", dy)
+    if x.shape[:-1] != dy.shape[:-1]:
+        raise ValueError(f"x {tuple(x.shape)} and dy {tuple(dy.shape)} differ in rows")
+    _check_same_kind("dy", dy, x)
+    _check_kept("kept", kept, steps.count(x), x.shape[-1], x)
+    return choose("gemm_wg", x.device, x.dtype).gemm_wg(x, dy, kept, steps)
+
+
+class PackedWeights(NamedTuple):
+    """An LSTM layer's weights in the layout of the backend that will multiply them.
+
+    A snapshot: pack again after the parameters have changed.
+    """
+
+    backend: Backend
+    data: Any
+    input_size: int
+    hidden_size: int
+
+
+def lstm_pack(
+    weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None = None, bias_hh: Tensor | None = None
+) -> PackedWeights:
+    """Lay one layer's parameters out for :func:`lstm_forward` and :func:`lstm_backward`.
+
+    Args:
+        weight_ih: ``[4H, I]``, weight_hh: ``[4H, H]``, bias_ih and bias_hh: ``[4H]`` or None, as
+            ``torch.nn.LSTM`` holds them (gates i, f, g, o).
+
+    Raises:
+        ValueError: shapes disagree. TypeError: dtypes or devices disagree.
+    """
+    hidden = weight_hh.shape[-1]
+    if weight_hh.dim() != 2 or weight_hh.shape[0] != 4 * hidden:
+        raise ValueError(f"weight_hh must be [4H, H], got {tuple(weight_hh.shape)}")
+    if weight_ih.dim() != 2 or weight_ih.shape[0] != 4 * hidden:
+        raise ValueError(f"weight_ih must be [{4 * hidden}, I], got {tuple(weight_ih.shape)}")
+    _check_same_kind("weight_hh", weight_hh, weight_ih)
+    for name, bias in (("bias_ih", bias_ih), ("bias_hh", bias_hh)):
+        if bias is not None and bias.shape != (4 * hidden,):
+            raise ValueError(f"{name} must be [{4 * hidden}], got {tuple(bias.shape)}")
+        if bias is not None:
+            _check_same_kind(name, bias, weight_ih)
+    backend = choose("lstm", weight_ih.device, weight_ih.dtype)
+    return PackedWeights(
+        backend, backend.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh), weight_ih.shape[1], hidden
+    )
+
+
+class LSTMResult(NamedTuple):
+    """What :func:`lstm_forward` returns."""
+
+    y: Tensor  #: ``[T, B, H]`` (or as ``steps`` says): ``h_t``, undropped
+    h_n: Tensor  #: ``[B, H]``
+    c_n: Tensor  #: ``[B, H]``
+    saved: tuple[Tensor, ...]  #: for :func:`lstm_backward` alone
+
+
+def lstm_forward(
+    packed: PackedWeights,
+    x: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    kept_x: Kept | None = None,
+    pattern_h: Kept | Tensor | None = None,
+    steps: Steps = TIME_MAJOR,
+    reverse: bool = False,
+) -> LSTMResult:
+    """One LSTM layer, one direction, over a sequence, skipping dropped units in both products.
+
+    ``gates_t = x_t[:, kept_x[t]] W_ih + drop_t(h_{t-1}) W_hh + b``; ``c_t`` and the emitted ``h_t`` stay undropped.
+
+    Args:
+        packed: the layer's weights from :func:`lstm_pack`.
+        x: ``[T, B, I]`` (or as ``steps`` says), already dropped and scaled.
+        h0, c0: initial state ``[B, H]``, rows in the order of ``x`` (packed data: longest first).
+        kept_x: columns of ``x`` that are not zero, ``[T, k]``; its scale applies on top (use
+            :meth:`Kept.unscaled` for an input that carries its scale).
+        pattern_h: recurrent dropout: kept units ``[T, k]`` of ``H`` with their scale, or a dense multiplier
+            ``[T, B, H]`` (random dropout: nothing is skipped), or None.
+        steps: which rows belong to which time step.
+        reverse: run from the last step to the first.
+
+    Raises:
+        ValueError: shapes, steps or sizes disagree. TypeError: dtypes or devices disagree.
+
+    Source: the paper, equations 1-4 and section 3.2; ``torch.nn.LSTM`` for the cell.
+    """
+    count, batch = _check_lstm(packed, x, steps)
+    for name, state in (("h0", h0), ("c0", c0)):
+        if state.shape != (batch, packed.hidden_size):
+            raise ValueError(f"{name} must be [{batch}, {packed.hidden_size}], got {tuple(state.shape)}")
+        _check_same_kind(name, state, x)
+    _check_kept("kept_x", kept_x, count, packed.input_size, x)
+    _check_recurrent(pattern_h, count, batch, packed.hidden_size, x)
+    return LSTMResult(*packed.backend.lstm_forward(packed.data, x, h0, c0, kept_x, pattern_h, steps, reverse))
+
+
+class LSTMGradients(NamedTuple):
+    """What :func:`lstm_backward` returns: gradients in the shapes of what they belong to."""
+
+    x: Tensor
+    h0: Tensor
+    c0: Tensor
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor
+
+
+def lstm_backward(
+    packed: PackedWeights,
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    x: Tensor,
+    saved: tuple[Tensor, ...],
+    kept_x: Kept | None = None,
+    pattern_h: Kept | Tensor | None = None,
+    steps: Steps = TIME_MAJOR,
+    reverse: bool = False,
+) -> LSTMGradients:
+    """Gradients of :func:`lstm_forward`; arguments as given to it, ``saved`` as returned by it.
+
+    Args:
+        dy: gradient of ``y``, its shape; dh_n, dc_n: gradients of the final state, ``[B, H]``.
+
+    Raises:
+        ValueError: shapes, steps or sizes disagree.
+    """
+    _check_lstm(packed, x, steps)
+    steps.check("dy", dy)
+    return LSTMGradients(
+        *packed.backend.lstm_backward(packed.data, dy, dh_n, dc_n, x, kept_x, pattern_h, steps, reverse, saved)
+    )
+
+
+def _check_lstm(packed: PackedWeights, x: Tensor, steps: Steps) -> tuple[int, int]:
+    """Number of steps and of rows; ValueError unless ``x`` fits the weights."""
+    steps.check("x", x)
+    if x.shape[-1] != packed.input_size:
+        raise ValueError(f"x has {x.shape[-1]} columns, the weights take {packed.input_size}")
+    return steps.count(x), steps.batch(x)
+
+
+def _check_columns(name: str, x: Tensor, weight_t: Tensor, dim: int) -> None:
+    if weight_t.dim() != 2:
+        raise ValueError(f"weight_t must be [K, N], got shape {tuple(weight_t.shape)}")
+    if x.shape[-1] != weight_t.shape[dim]:
+        raise ValueError(f"{name} has {x.shape[-1]} columns, weight_t is {tuple(weight_t.shape)}")
+    _check_same_kind("weight_t", weight_t, x)
+
+
+def _check_same_kind(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise TypeError(
+            f"{name} is {tensor.dtype} on {tensor.device}, the other operand {like.dtype} on {like.device}"
+        )
+
+
+def _check_kept(name: str, kept: Kept | None, count: int, size: int, x: Tensor) -> None:
+    if kept is None:
+        return
+    if kept.size != size:
+        raise ValueError(f"{name} is of {kept.size} units, the product has {size}")
+    if kept.steps != count:
+        raise ValueError(f"{name} has {kept.steps} time steps, the activations have {count}")
+    if kept.indices.device != x.device:
+        raise TypeError(f"{name} is on {kept.indices.device}, the activations on {x.device}")
+
+
+def _check_recurrent(pattern: Kept | Tensor | None, count: int, batch: int, hidden: int, x: Tensor) -> None:
+    if pattern is None or isinstance(pattern, Kept):
+        _check_kept("pattern_h", pattern, count, hidden, x)
+    elif pattern.shape != (count, batch, hidden):
+        raise ValueError(f"pattern_h must be [{count}, {batch}, {hidden}], got {tuple(pattern.shape)}")
+    else:
+        _check_same_kind("pattern_h", pattern, x)

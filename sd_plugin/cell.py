@@ -1,0 +1,163 @@
+"""A stack of LSTM cells run step by step, for decoders that feed their output back into their input."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from . import functional, hints
+from .dropout import StructuredDropout
+from .functional import LayerCall, Operand, lstm_layer, pack_parameters
+from .kernels import TIME_MAJOR, Kept, Steps
+from .lstm import check_mode
+from .patterns import Case, check_probability, check_sampling, draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .kernels import PackedWeights
+
+State = tuple["Tensor", "Tensor"]
+
+
+class StackedStructuredLSTM(nn.Module):
+    """Stacked ``nn.LSTMCell`` whose products skip dropped units; parameter names of OpenNMT-py's ``StackedLSTM``.
+
+    Args:
+        num_layers: number of cells; input_size, hidden_size: their sizes.
+        dropout: probability between layers, held in ``self.dropout.p`` and changeable there.
+        recurrent_dropout: probability for each layer's :math:`h_{t-1}`, inside the product.
+        output_dropout: probability for the last layer's output.
+        mode, sampling: as :class:`~sd_plugin.StructuredDropoutLSTM`.
+        site: prefix of its sites in the report.
+
+    Shape:
+        input ``[B, input_size]``, states ``[num_layers, B, H]``, output ``[B, H]``.
+
+    Raises:
+        ValueError: as :class:`~sd_plugin.StructuredDropoutLSTM`.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        input_size: int,
+        hidden_size: int,
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        output_dropout: float = 0.0,
+        mode: str = "nr_rh_st",
+        sampling: str = "exact",
+        site: str = "cell",
+    ) -> None:
+        super().__init__()
+        self.mode = check_mode(mode)
+        if mode == "nr_st" and recurrent_dropout:
+            raise ValueError("mode nr_st has no recurrent dropout; use nr_rh_st, or recurrent_dropout=0")
+        self.num_layers = num_layers
+        self.hidden_size = hidden_size
+        self.recurrent_dropout = check_probability(recurrent_dropout, "recurrent_dropout")
+        self.output_dropout = check_probability(output_dropout, "output_dropout")
+        self.sampling = check_sampling(sampling)
+        self.site = site
+        self.dropout = StructuredDropout(dropout, self.case, sampling=sampling, site=f"{site}.between")
+        self.layers = nn.ModuleList(
+            nn.LSTMCell(input_size if layer == 0 else hidden_size, hidden_size) for layer in range(num_layers)
+        )
+
+    @property
+    def case(self) -> Case:
+        """The case of Fig. 1 that ``mode`` amounts to."""
+        return Case.of(self.mode != "random", False)
+
+    def start(self, steps: int, batch: int, like: Tensor) -> StackedRun:
+        """Draw the patterns of a whole sequence and pack the weights once for it.
+
+        Args:
+            steps: number of time steps that will be run; batch: rows of each.
+            like: gives device and dtype.
+        """
+        return StackedRun(self, steps, batch, like)
+
+    def forward(self, input: Tensor, hidden: State) -> tuple[Tensor, State]:
+        """One step alone, as OpenNMT-py's ``StackedLSTM``: output of the last layer and the new states."""
+        if self.training:
+            return self.start(1, input.shape[0], input).step(0, input, hidden)
+        states = []
+        for layer, h, c in zip(self.layers, *hidden, strict=True):
+            states.append(layer(input, (h, c)))
+            input = states[-1][0]
+        return input, (torch.stack([h for h, _ in states]), torch.stack([c for _, c in states]))
+
+
+class StackedRun:
+    """One training pass of a :class:`StackedStructuredLSTM` over a sequence, a step at a time."""
+
+    def __init__(self, stack: StackedStructuredLSTM, steps: int, batch: int, like: Tensor) -> None:
+        self._stack = stack
+        self._draw_args = (steps, batch, stack.hidden_size)
+        self._draw_kwargs = {"sampling": stack.sampling, "device": like.device, "dtype": like.dtype}
+        self._parameters = [(c.weight_ih, c.weight_hh, c.bias_ih, c.bias_hh) for c in stack.layers]
+        self._packed: list[PackedWeights] = [pack_parameters(parameters) for parameters in self._parameters]
+        self._recurrent = [self._draw(stack.recurrent_dropout) for _ in stack.layers]
+        self._between = [SteppedDropout(self._draw(stack.dropout.p), stack.dropout.site) for _ in stack.layers[1:]]
+        self._output = SteppedDropout(self._draw(stack.output_dropout), f"{stack.site}.output")
+
+    def _draw(self, p: float) -> Kept | Tensor | None:
+        return draw(self._stack.case, *self._draw_args, p, **self._draw_kwargs)  # type: ignore[arg-type]
+
+    def step(self, t: int, input: Tensor, hidden: State) -> tuple[Tensor, State]:
+        """Run step ``t``: output of the last layer, dropped, and the new states.
+
+        Args:
+            input: ``[B, input_size]``, dropped already; its hint, if any, is of one step.
+            hidden: ``h`` and ``c``, ``[num_layers, B, H]``.
+        """
+        states = []
+        for layer, (h, c) in enumerate(zip(*hidden, strict=True)):
+            h, c = self._cell(layer, t, input, (h, c))
+            states.append((h, c))
+            input = self._between[layer](t, h) if layer < len(self._between) else self._output(t, h)
+        return input, (torch.stack([h for h, _ in states]), torch.stack([c for _, c in states]))
+
+    def _cell(self, layer: int, t: int, x: Tensor, state: State) -> State:
+        hint = hints.lookup(x)
+        operand = Operand.hinted(hint if hint is not None and hint.kept.steps == 1 else None)
+        pattern = self._recurrent[layer]
+        at_t = pattern.at(t) if isinstance(pattern, Kept) else None if pattern is None else pattern[t : t + 1]
+        recurrent = Operand.drawn(at_t, f"{self._stack.site}.l{layer}.recurrent")
+        call = LayerCall(operand, recurrent, TIME_MAJOR, packed=self._packed[layer])
+        _, h, c = lstm_layer(x.unsqueeze(0), state, self._parameters[layer], call)
+        return h, c
+
+
+class SteppedDropout:
+    """A dropout whose pattern is drawn for a whole sequence and applied one step at a time.
+
+    Args:
+        pattern: kept units, a multiplier ``[T, B, K]``, or None (nothing dropped).
+        site: name in the report.
+    """
+
+    def __init__(self, pattern: Kept | Tensor | None, site: str) -> None:
+        self.pattern = pattern
+        self.site = site
+        self._multiplier: Tensor | None = None
+
+    def __call__(self, t: int, x: Tensor) -> Tensor:
+        """``x`` ``[B, K]`` dropped as at step ``t``, with its hint."""
+        if self.pattern is None:
+            return x
+        if not isinstance(self.pattern, Kept):
+            return x * self.pattern[t]
+        if self._multiplier is None:
+            self._multiplier = self.pattern.multiplier(x.dtype)
+        functional.stats.count_draw(self.site, self.kept_at(t))
+        return hints.attach(x * self._multiplier[t], self.site, self.kept_at(t), Steps.packed(x.shape[:1]))
+
+    def kept_at(self, t: int) -> Kept:
+        """Kept units of step ``t``; only for a structured pattern."""
+        assert isinstance(self.pattern, Kept)
+        return self.pattern.at(t)

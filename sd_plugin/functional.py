@@ -1,0 +1,249 @@
+"""Differentiable structured dropout and the products that skip what it dropped.
+
+Gradients are once differentiable: a double backward raises torch's own error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import hints, kernels, stats
+from ._autocast import cast_for_autocast, without_autocast
+from .kernels import Kept, PackedWeights, Steps
+from .patterns import Case, draw
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def dropout(x: Tensor, p: float, case: Case | str, steps: Steps, *, sampling: str = "exact", site: str) -> Tensor:
+    """Drop units of ``x`` by a case of the paper's Fig. 1, scaling the survivors.
+
+    Args:
+        x: ``[T, B, K]``, ``[B, T, K]`` or packed ``[R, K]``, as ``steps`` says.
+        p: probability that a unit is dropped, in [0, 1); 0 returns ``x`` itself.
+        site: name of this place in the report.
+
+    Returns:
+        A dense tensor like ``x``. Structured cases attach the hint of which columns are zero.
+
+    Raises:
+        ValueError: ``p``, ``case`` or ``sampling`` is out of range, or ``x`` does not fit ``steps``.
+    """
+    steps.check("x", x)
+    count, batch, size = steps.count(x), steps.batch(x), x.shape[-1]
+    pattern = draw(case, count, batch, size, p, sampling=sampling, device=x.device, dtype=x.dtype)
+    if pattern is None:
+        return x
+    if isinstance(pattern, Kept):
+        stats.count_draw(site, pattern)
+        return hints.attach(x * steps.spread(pattern.multiplier(x.dtype)), site, pattern, steps)
+    return x * _rows_of(pattern, steps)
+
+
+def _rows_of(mask: Tensor, steps: Steps) -> Tensor:
+    """A ``[T, B, K]`` multiplier in the layout of ``steps``."""
+    if steps.batch_sizes is None:
+        return mask.transpose(0, 1) if steps.time_dim == 1 else mask
+    if not steps.batch_sizes:
+        return mask.flatten(0, 1)
+    return torch.cat([mask[t, :n] for t, n in enumerate(steps.batch_sizes)])
+
+
+@dataclass
+class Operand:
+    """An activation's pattern on its way into a product, with the sites to count it for.
+
+    Attributes:
+        pattern: kept units, a multiplier ``[T, B, K]`` (recurrent only) or None (dense).
+        parts: (site, kept units) that make the pattern up.
+    """
+
+    pattern: Kept | Tensor | None = None
+    parts: list[tuple[str, Kept]] = field(default_factory=list)
+
+    @classmethod
+    def hinted(cls, hint: hints.Hint | None) -> Operand:
+        """What a tensor's hint says; dense without one."""
+        return cls() if hint is None else cls(hint.use(), hint.parts)
+
+    @classmethod
+    def drawn(cls, pattern: Kept | Tensor | None, site: str) -> Operand:
+        """A recurrent pattern, drawn at ``site`` and used at once."""
+        if not isinstance(pattern, Kept):
+            return cls(pattern)
+        stats.count_draw(site, pattern)
+        stats.count_use(site)
+        return cls(pattern, [(site, pattern)])
+
+    @property
+    def kept(self) -> Kept | None:
+        """The kept units; None for a dense product."""
+        return self.pattern if isinstance(self.pattern, Kept) else None
+
+    def count(self, rows: int, columns: int, backend: str, products: int) -> None:
+        """Count ``products`` products of ``rows`` activations with ``columns`` outputs."""
+        for site, kept in self.parts:
+            stats.count_product(site, kept, rows * products, columns, backend)
+
+
+class _Linear(torch.autograd.Function):
+    """``x Wᵀ + b`` visiting kept columns of ``x`` only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, steps: Steps
+    ) -> Tensor:
+        with without_autocast(x.device.type):
+            weight_t = weight.t().contiguous()
+            y = kernels.gemm_fp(x, weight_t, operand.kept, steps)
+            if bias is not None:
+                y += bias
+        ctx.save_for_backward(x, weight_t)
+        ctx.operand, ctx.steps = operand, steps
+        ctx.backend = kernels.choose("gemm_fp", x.device, x.dtype).NAME
+        operand.count(x[..., 0].numel(), weight.shape[0], ctx.backend, 1)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_t = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        kept, steps = ctx.operand.kept, ctx.steps
+        with without_autocast(x.device.type):
+            dx = kernels.gemm_bp(dy, weight_t, kept, steps) if needs_x else None
+            dweight = kernels.gemm_wg(x, dy, kept, steps).t() if needs_weight else None
+            dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
+        ctx.operand.count(x[..., 0].numel(), dy.shape[-1], ctx.backend, needs_x + needs_weight)
+        return dx, dweight, dbias, None, None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``torch.nn.functional.linear`` that skips the columns of ``x`` which its hint knows to be zero.
+
+    The gradient of a skipped column is zero: the dropout that zeroed it would multiply it by zero anyway.
+
+    Args:
+        x: ``[..., K]``; weight: ``[N, K]``; bias: ``[N]`` or None.
+
+    Returns:
+        ``[..., N]``.
+    """
+    hint = hints.lookup(x)
+    if hint is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    rows = x.view(hint.shape)
+    rows, weight, bias = cast_for_autocast(rows, weight, bias)  # type: ignore[assignment]
+    y: Tensor = _Linear.apply(rows, weight, bias, Operand.hinted(hint), hint.steps)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@dataclass
+class LayerCall:
+    """The part of an LSTM layer's call that is not differentiated.
+
+    Attributes:
+        input, recurrent: patterns of the two products.
+        steps: which rows belong to which time step; reverse: run backwards in time.
+        packed: the weights, packed once for several calls; None packs them for this call.
+    """
+
+    input: Operand
+    recurrent: Operand
+    steps: Steps
+    reverse: bool = False
+    packed: PackedWeights | None = None
+
+    def count(self, x: Tensor, hidden: int, backend: str, products: int) -> None:
+        """Count ``products`` input products and as many recurrent ones."""
+        rows = x[..., 0].numel()
+        self.input.count(rows, 4 * hidden, backend, products)
+        self.recurrent.count(rows, 4 * hidden, backend, products)
+
+
+class _LSTMLayer(torch.autograd.Function):
+    """One layer, one direction, over a sequence."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
+        call: LayerCall,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with without_autocast(x.device.type):
+            packed = call.packed or kernels.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh)
+            y, h_n, c_n, saved = kernels.lstm_forward(
+                packed, x, h0, c0, call.input.kept, call.recurrent.pattern, call.steps, call.reverse
+            )
+        ctx.save_for_backward(x, *saved)
+        ctx.call, ctx.packed = call, packed
+        call.count(x, packed.hidden_size, packed.backend.NAME, 1)
+        return y, h_n, c_n
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor | None, ...]:
+        x, *saved = ctx.saved_tensors
+        call: LayerCall = ctx.call
+        with without_autocast(x.device.type):
+            grads = kernels.lstm_backward(
+                ctx.packed, dy, dh_n, dc_n, x, tuple(saved), call.input.kept, call.recurrent.pattern, call.steps,
+                call.reverse,
+            )  # fmt: skip
+        call.count(x, ctx.packed.hidden_size, ctx.packed.backend.NAME, 2)
+        _, _, _, _, _, needs_bias_ih, needs_bias_hh, _ = ctx.needs_input_grad
+        return (
+            grads.x,
+            grads.h0,
+            grads.c0,
+            grads.weight_ih,
+            grads.weight_hh,
+            grads.bias if needs_bias_ih else None,
+            # A copy: torch may accumulate into the tensor it is given.
+            grads.bias.clone() if needs_bias_hh else None,
+            None,
+        )
+
+
+def lstm_layer(
+    x: Tensor,
+    state: tuple[Tensor, Tensor],
+    parameters: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+    call: LayerCall,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One LSTM layer, one direction; see :func:`sd_plugin.kernels.lstm_forward` for the equations.
+
+    Args:
+        x: as ``call.steps`` says, dropped and scaled already.
+        state: ``h_0`` and ``c_0``, ``[B, H]``.
+        parameters: ``weight_ih [4H, I]``, ``weight_hh [4H, H]``, ``bias_ih`` and ``bias_hh`` ``[4H]`` or None.
+
+    Returns:
+        ``y`` (rows of ``x``, ``H`` columns), ``h_n`` and ``c_n`` ``[B, H]``.
+    """
+    x, *rest = cast_for_autocast(x, *state, *parameters)  # type: ignore[assignment]
+    if isinstance(call.recurrent.pattern, torch.Tensor):
+        call.recurrent.pattern = call.recurrent.pattern.to(x.dtype)
+    y, h_n, c_n = _LSTMLayer.apply(x, *rest, call)
+    return y, h_n, c_n
+
+
+def pack_parameters(
+    parameters: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+) -> PackedWeights:
+    """Pack a layer's parameters once for several :func:`lstm_layer` calls under the same autocast state."""
+    with torch.no_grad():
+        weight_ih, weight_hh, bias_ih, bias_hh = cast_for_autocast(*parameters)
+        assert weight_ih is not None and weight_hh is not None
+        return kernels.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh)

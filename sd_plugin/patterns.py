@@ -1,0 +1,169 @@
+"""Dropout patterns: the four cases of the paper's Fig. 1, drawn on the tensor's device without host synchronisation.
+
+| case | in the batch (space) | over time | known as |
+|---|---|---|---|
+| I   | random     | varying | Zaremba et al. 2014 |
+| II  | random     | locked  | Gal & Ghahramani 2016, AWD-LSTM |
+| III | structured | varying | the paper: "structured in space, randomized in time" |
+| IV  | structured | locked  | |
+
+Structured cases give :class:`~sd_plugin.kernels.Kept` units, which products can skip; random ones a multiplier.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+import torch
+
+from .kernels import Kept
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: How the number of structured kept units is chosen: always ``round((1 - p) · H)``, or each unit on its own.
+SAMPLINGS = ("exact", "bernoulli")
+
+
+class Case(str, Enum):
+    """A case of the paper's Fig. 1."""
+
+    I = "I"  # noqa: E741 - the paper's own name
+    II = "II"
+    III = "III"
+    IV = "IV"
+
+    @property
+    def structured(self) -> bool:
+        """The same units are dropped for the whole batch."""
+        return self in (Case.III, Case.IV)
+
+    @property
+    def locked(self) -> bool:
+        """The same units are dropped at every time step."""
+        return self in (Case.II, Case.IV)
+
+    @classmethod
+    def of(cls, structured: bool, locked: bool) -> Case:
+        """The case with these two properties."""
+        return (cls.IV if locked else cls.III) if structured else (cls.II if locked else cls.I)
+
+
+def check_probability(p: float, name: str = "p") -> float:
+    """``p`` as a float; ValueError unless it is in [0, 1)."""
+    try:
+        value = float(p)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be a number in [0, 1), got {p!r}") from None
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {p}")
+    return value
+
+
+def check_sampling(sampling: str) -> str:
+    """``sampling`` itself; ValueError unless it is one of :data:`SAMPLINGS`."""
+    if sampling not in SAMPLINGS:
+        raise ValueError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
+    return sampling
+
+
+def kept_count(size: int, p: float) -> int:
+    """Units that exact sampling keeps of ``size``: ``round((1 - p) · size)``, at least one of a non-empty layer."""
+    return min(size, max(1, round((1.0 - p) * size)))
+
+
+def draw_kept(
+    steps: int,
+    size: int,
+    p: float,
+    *,
+    locked: bool = False,
+    sampling: str = "exact",
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Kept:
+    """Draw a structured dropout (Case III, or IV when ``locked``).
+
+    Args:
+        steps: number of time steps ``T``; size: number of units ``H``.
+        p: probability that a unit is dropped, in [0, 1).
+        sampling: ``exact`` keeps ``k = round((1 - p) · H)`` units (at least one) at every step and scales by
+            ``H / k``; ``bernoulli`` drops each unit on its own and scales by ``1 / (1 - p)``.
+        generator: torch's default one for ``device`` when None, so ``torch.manual_seed`` reproduces the draw.
+
+    Returns:
+        Kept units ``[T, k]``. Bernoulli rows are padded; ``k`` is then ``H``, or the longest row on a CPU.
+
+    Raises:
+        ValueError: ``p`` or ``sampling`` is out of range.
+    """
+    p = check_probability(p)
+    check_sampling(sampling)
+    if p == 0.0 or size == 0:
+        return Kept.all(steps, size, device)
+    noise = torch.rand(min(steps, 1) if locked else steps, size, device=device, generator=generator)
+    if sampling == "exact":
+        k = kept_count(size, p)
+        indices = noise.topk(k, dim=1, sorted=False).indices.sort(1).values.int()
+        scale = size / k
+    else:
+        indices = _bernoulli_indices(noise >= p)
+        scale = 1.0 / (1.0 - p)
+    return Kept(indices.expand(steps, -1), size, scale, padded=sampling == "bernoulli")
+
+
+def _bernoulli_indices(keep: Tensor) -> Tensor:
+    """``[T, k]`` ascending kept positions of ``keep`` ``[T, H]``, rows filled up with ``H``."""
+    size = keep.shape[1]
+    positions = torch.arange(size, dtype=torch.int32, device=keep.device)
+    indices = torch.where(keep, positions, size).sort(1).values.int()
+    if keep.device.type == "cpu" and keep.shape[0]:
+        # Only here is the longest row known without waiting for a device.
+        indices = indices[:, : max(1, int(keep.sum(1).max()))]
+    return indices
+
+
+def draw_mask(
+    steps: int,
+    batch: int,
+    size: int,
+    p: float,
+    *,
+    locked: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw a random dropout (Case I, or II when ``locked``) as a multiplier.
+
+    Returns:
+        ``[T, B, H]``: ``1 / (1 - p)`` where a unit is kept, zero elsewhere.
+
+    Raises:
+        ValueError: ``p`` is not in [0, 1).
+    """
+    p = check_probability(p)
+    shape = (min(steps, 1) if locked else steps, batch, size)
+    keep = torch.rand(shape, device=device, generator=generator) >= p
+    return (keep.to(dtype) / (1.0 - p)).expand(steps, batch, size)
+
+
+def draw(
+    case: Case | str,
+    steps: int,
+    batch: int,
+    size: int,
+    p: float,
+    *,
+    sampling: str = "exact",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Kept | Tensor | None:
+    """Draw any case of Fig. 1 for ``[T, B, H]`` activations: kept units, a multiplier, or None when ``p`` is 0."""
+    case = Case(case)
+    if check_probability(p) == 0.0:
+        return None
+    if case.structured:
+        return draw_kept(steps, size, p, locked=case.locked, sampling=sampling, device=device)
+    return draw_mask(steps, batch, size, p, locked=case.locked, device=device, dtype=dtype)
