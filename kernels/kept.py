@@ -89,3 +89,7 @@ class Kept:
     def at(self, step: int) -> Kept:
         """The kept units of one step, as a pattern of ``T = 1``."""
         return replace(self, indices=self.indices[step : step + 1])
+
+    def first(self, steps: int) -> Kept:
+        """The kept units of the first ``steps`` steps."""
+        return replace(self, indices=self.indices[:steps])

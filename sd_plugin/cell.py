@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from . import functional, hints
+from . import hints
 from .dropout import StructuredDropout
 from .functional import LayerCall, Operand, lstm_layer, pack_parameters
+from .hints import Draw, Part
 from .kernels import TIME_MAJOR, Kept, Steps
 from .lstm import check_mode
 from .patterns import Case, check_probability, check_sampling, draw
@@ -154,10 +155,6 @@ class SteppedDropout:
             return x * self.pattern[t]
         if self._multiplier is None:
             self._multiplier = self.pattern.multiplier(x.dtype)
-        functional.stats.count_draw(self.site, self.kept_at(t))
-        return hints.attach(x * self._multiplier[t], self.site, self.kept_at(t), Steps.packed(x.shape[:1]))
-
-    def kept_at(self, t: int) -> Kept:
-        """Kept units of step ``t``; only for a structured pattern."""
-        assert isinstance(self.pattern, Kept)
-        return self.pattern.at(t)
+        kept = self.pattern.at(t)
+        part = Part(kept, [Draw(self.site, kept)])
+        return hints.attach(x * self._multiplier[t], [part], Steps.packed(x.shape[:1]))

@@ -5,7 +5,7 @@ Gradients are once differentiable: a double backward raises torch's own error.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from . import hints, kernels, stats
 from ._autocast import cast_for_autocast, without_autocast
+from .hints import Draw, Part
 from .kernels import Kept, PackedWeights, Steps
-from .patterns import Case, draw
+from .patterns import Case
+from .patterns import draw as draw_pattern
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,12 +38,12 @@ def dropout(x: Tensor, p: float, case: Case | str, steps: Steps, *, sampling: st
     """
     steps.check("x", x)
     count, batch, size = steps.count(x), steps.batch(x), x.shape[-1]
-    pattern = draw(case, count, batch, size, p, sampling=sampling, device=x.device, dtype=x.dtype)
+    pattern = draw_pattern(case, count, batch, size, p, sampling=sampling, device=x.device, dtype=x.dtype)
     if pattern is None:
         return x
     if isinstance(pattern, Kept):
-        stats.count_draw(site, pattern)
-        return hints.attach(x * steps.spread(pattern.multiplier(x.dtype)), site, pattern, steps)
+        part = Part(pattern, [Draw(site, pattern)])
+        return hints.attach(x * steps.spread(pattern.multiplier(x.dtype)), [part], steps)
     return x * _rows_of(pattern, steps)
 
 
@@ -60,11 +62,11 @@ class Operand:
 
     Attributes:
         pattern: kept units, a multiplier ``[T, B, K]`` (recurrent only) or None (dense).
-        parts: (site, kept units) that make the pattern up.
+        parts: the dropouts that make the pattern up.
     """
 
     pattern: Kept | Tensor | None = None
-    parts: list[tuple[str, Kept]] = field(default_factory=list)
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def hinted(cls, hint: hints.Hint | None) -> Operand:
@@ -76,9 +78,9 @@ class Operand:
         """A recurrent pattern, drawn at ``site`` and used at once."""
         if not isinstance(pattern, Kept):
             return cls(pattern)
-        stats.count_draw(site, pattern)
-        stats.count_use(site)
-        return cls(pattern, [(site, pattern)])
+        draw = Draw(site, pattern)
+        draw.use()
+        return cls(pattern, (Part(pattern, [draw]),))
 
     @property
     def kept(self) -> Kept | None:
@@ -87,8 +89,9 @@ class Operand:
 
     def count(self, rows: int, columns: int, backend: str, products: int) -> None:
         """Count ``products`` products of ``rows`` activations with ``columns`` outputs."""
-        for site, kept in self.parts:
-            stats.count_product(site, kept, rows * products, columns, backend)
+        for part in self.parts:
+            for site in {draw.site for draw in part.draws}:
+                stats.count_product(site, part.kept, rows * products, columns, backend)
 
 
 class _Linear(torch.autograd.Function):

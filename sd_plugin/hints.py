@@ -7,7 +7,10 @@ a ``view`` that keeps the rows in order, and not trusted once the tensor was mod
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
 
 from . import stats
 from .kernels import Kept, Steps
@@ -18,65 +21,78 @@ if TYPE_CHECKING:
 _ATTRIBUTE = "_sd_hint"
 
 
+class Draw:
+    """One drawn pattern: counted once when drawn, and once when the first product uses it."""
+
+    __slots__ = ("_open", "site")
+
+    def __init__(self, site: str, kept: Kept) -> None:
+        self.site = site
+        self._open = True
+        stats.count_draw(site, kept)
+
+    def use(self) -> None:
+        """A product visits its kept units only."""
+        if self._open:
+            self._open = False
+            stats.count_use(self.site)
+
+    def waive(self) -> None:
+        """No product with a weight follows this dropout, so there is nothing to skip and nothing lost."""
+        if self._open:
+            self._open = False
+            stats.count_waived(self.site)
+
+
+class Part:
+    """The columns of a tensor that one dropout zeroed.
+
+    Attributes:
+        kept: kept units, unscaled: the tensor carries the scale.
+        draws: where they were drawn; empty for columns that nothing dropped.
+    """
+
+    __slots__ = ("draws", "kept")
+
+    def __init__(self, kept: Kept, draws: Sequence[Draw] = ()) -> None:
+        self.kept = kept.unscaled()
+        self.draws = tuple(draws)
+
+
 class Hint:
     """Which columns of a tensor are not zero, per time step.
 
     Attributes:
-        parts: (site, kept units) of each tensor laid side by side to make this one; mostly one.
-        kept: kept units of the whole, unscaled: the tensor carries the scale.
+        parts: what each dropout zeroed, side by side along the columns; mostly one.
+        kept: kept units of the whole, unscaled.
         steps: which rows of the tensor, in ``shape``, belong to which time step.
     """
 
-    __slots__ = ("_unused", "_version", "kept", "parts", "shape", "steps")
+    __slots__ = ("_version", "kept", "parts", "shape", "steps")
 
-    def __init__(
-        self, parts: list[tuple[str, Kept]], steps: Steps, tensor: Tensor, unused: set[str] | None = None
-    ) -> None:
-        self.parts = [(site, kept.unscaled()) for site, kept in parts]
-        self.kept = self.parts[0][1] if len(parts) == 1 else Kept.concat([kept for _, kept in parts])
+    def __init__(self, parts: Sequence[Part], steps: Steps, tensor: Tensor) -> None:
+        self.parts = tuple(parts)
+        self.kept = parts[0].kept if len(parts) == 1 else Kept.concat([part.kept for part in parts])
         self.steps = steps
         self.shape = tensor.shape
         self._version = tensor._version
-        # Sites whose pattern no product has used yet; shared by all hints that stem from one draw.
-        self._unused = {site for site, _ in parts} if unused is None else unused
 
     def holds_for(self, tensor: Tensor) -> bool:
         """``tensor``, which carries this hint or is a view of what carries it, was not modified since."""
         return tensor._version == self._version
 
     def use(self) -> Kept:
-        """The kept units, for a product; the first use is counted."""
-        while self._unused:
-            stats.count_use(self._unused.pop())
+        """The kept units, for a product."""
+        for part in self.parts:
+            for draw in part.draws:
+                draw.use()
         return self.kept
 
-    def moved(self, target: Tensor, steps: Steps) -> Hint:
-        """The same pattern for ``target``, whose rows are laid out as ``steps`` says."""
-        return Hint(self.parts, steps, target, self._unused)
 
-
-def attach(tensor: Tensor, site: str, kept: Kept, steps: Steps) -> Tensor:
-    """Note on ``tensor`` that only ``kept`` columns are not zero; returns ``tensor``.
-
-    Args:
-        tensor: dropped and scaled, rows laid out as ``steps`` says.
-        site: name of the place that drew ``kept``, for the report.
-    """
-    return attach_parts(tensor, [(site, kept)], steps)
-
-
-def attach_parts(tensor: Tensor, parts: list[tuple[str, Kept]], steps: Steps) -> Tensor:
-    """:func:`attach` for a tensor made of several laid side by side along their columns."""
+def attach(tensor: Tensor, parts: Sequence[Part], steps: Steps) -> Tensor:
+    """Note on ``tensor``, whose rows are laid out as ``steps`` says, that its other columns are zero; returns it."""
     setattr(tensor, _ATTRIBUTE, Hint(parts, steps, tensor))
     return tensor
-
-
-def carry(source: Tensor, target: Tensor, steps: Steps) -> Tensor:
-    """Give ``target``, the rows of ``source`` in another order or layout, the hint of ``source``, if it has one."""
-    hint = lookup(source)
-    if hint is not None:
-        setattr(target, _ATTRIBUTE, hint.moved(target, steps))
-    return target
 
 
 def lookup(tensor: Tensor) -> Hint | None:
@@ -99,3 +115,64 @@ def lookup(tensor: Tensor) -> Hint | None:
         and base.is_contiguous()
     )
     return hint if same_rows else None
+
+
+def waive(tensor: Tensor) -> Tensor:
+    """Tell the counters that no product follows ``tensor``: its pattern is not lost for want of one."""
+    hint = lookup(tensor)
+    if hint is not None:
+        for part in hint.parts:
+            for draw in part.draws:
+                draw.waive()
+    return tensor
+
+
+def carry(source: Tensor, target: Tensor, steps: Steps) -> Tensor:
+    """Give ``target``, the rows of ``source`` in another layout, the hint of ``source``, if it has one.
+
+    ``target`` may have fewer time steps (packed from padded); then the first ones count.
+    """
+    hint = lookup(source)
+    count = steps.count(target)
+    if hint is None or count > hint.kept.steps:
+        return target
+    return attach(target, [Part(part.kept.first(count), part.draws) for part in hint.parts], steps)
+
+
+def unbind(x: Tensor, steps: Steps) -> list[Tensor]:
+    """The time steps of ``x``, each ``[rows, K]`` with a hint of its own if ``x`` has one for these steps."""
+    rows = steps.split(x)
+    hint = lookup(x)
+    if hint is not None and hint.steps == steps:
+        for t, row in enumerate(rows):
+            attach(row, [Part(p.kept.at(t), p.draws) for p in hint.parts], Steps.packed(row.shape[:1]))
+    return rows
+
+
+def cat(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.cat(tensors, 1)`` of one-step tensors ``[B, K_i]``: kept are the kept units of each, side by side."""
+    joined = torch.cat(list(tensors), 1)
+    hints = [lookup(tensor) for tensor in tensors]
+    if all(hint is None for hint in hints) or any(hint is not None and hint.kept.steps != 1 for hint in hints):
+        return joined
+    parts: list[Part] = []
+    for tensor, hint in zip(tensors, hints, strict=True):
+        whole = Part(Kept.all(1, tensor.shape[1], tensor.device))
+        parts.extend([whole] if hint is None else hint.parts)
+    return attach(joined, parts, Steps.packed(joined.shape[:1]))
+
+
+def stack(tensors: Sequence[Tensor], steps: Steps) -> Tensor:
+    """``torch.stack`` of one-step tensors ``[B, K]`` along the time dimension of ``steps``, hints likewise."""
+    stacked = torch.stack(list(tensors), steps.time_dim)
+    parts = []
+    for tensor in tensors:
+        hint = lookup(tensor)
+        if hint is None or len(hint.parts) != 1 or hint.kept.steps != 1:
+            return stacked
+        parts.append(hint.parts[0])
+    if len({(part.kept.width, part.kept.padded) for part in parts}) != 1:
+        return stacked
+    first = parts[0].kept
+    kept = Kept(torch.cat([part.kept.indices for part in parts]), first.size, 1.0, first.padded)
+    return attach(stacked, [Part(kept, [draw for part in parts for draw in part.draws])], steps)

@@ -23,13 +23,15 @@ class Site:
     """Counters of one place where units are dropped.
 
     Attributes:
-        drawn: patterns drawn; used: those that reached a product which could skip.
+        drawn: patterns drawn; used: those that reached a product which could skip; waived: those that no
+            product with a weight follows.
         units, dropped: units over all steps, and how many of them were dropped.
         dense, skipped: multiply-adds of the products fed from here (FP, BP, WG), and how many were left out.
     """
 
     drawn: int = 0
     used: int = 0
+    waived: int = 0
     units: int = 0
     dropped: int = 0
     dense: int = 0
@@ -38,7 +40,7 @@ class Site:
     @property
     def lost(self) -> int:
         """Patterns whose tensor reached no product that could skip."""
-        return self.drawn - self.used
+        return self.drawn - self.used - self.waived
 
 
 _sites: dict[str, Site] = {}
@@ -75,6 +77,11 @@ def count_draw(site: str, kept: Kept) -> None:
 def count_use(site: str) -> None:
     """A pattern of ``site`` reached its first product."""
     _sites.setdefault(site, Site()).used += 1
+
+
+def count_waived(site: str) -> None:
+    """A pattern of ``site`` is followed by no product with a weight."""
+    _sites.setdefault(site, Site()).waived += 1
 
 
 def count_product(site: str, kept: Kept, rows: int, columns: int, backend: str) -> None:

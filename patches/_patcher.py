@@ -1,0 +1,45 @@
+"""Sets attributes and dictionary entries of a host so that each can be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+_ABSENT = object()
+
+
+class Patcher:
+    """A reversible set of changes to a host's modules and classes."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], None]] = []
+
+    def __bool__(self) -> bool:
+        """Something is changed."""
+        return bool(self._undo)
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set ``owner.name``, which need not be there; a static or class method is put back as such."""
+        before = vars(owner).get(name, _ABSENT)
+        setattr(owner, name, value)
+        self._undo.append(
+            lambda: delattr(owner, name) if before is _ABSENT else setattr(owner, name, before)
+        )
+
+    def set_item(self, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
+        """Set ``mapping[key]``, which need not be there."""
+        before = mapping.get(key, _ABSENT)
+        mapping[key] = value
+
+        def undo() -> None:
+            if before is _ABSENT:
+                del mapping[key]
+            else:
+                mapping[key] = before
+
+        self._undo.append(undo)
+
+    def undo(self) -> None:
+        """Put everything back, last change first."""
+        while self._undo:
+            self._undo.pop()()

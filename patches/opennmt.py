@@ -1,0 +1,231 @@
+"""OpenNMT-py 3.5: registers the structured encoder and decoders, and replaces the stock ones on request.
+
+What is hooked, and why, by module of the host:
+
+| host | change |
+|---|---|
+| ``onmt.encoders``, ``onmt.decoders`` | new names ``sd_rnn``, ``sd_brnn``; with ``replace`` also ``rnn``, ``brnn``, ``ifrnn`` |
+| ``onmt.opts.model_opts`` | the ``sd_*`` options, saved in checkpoints |
+| ``onmt.utils.parse.ArgumentParser`` | checks of those options; a misspelt one is an error; a missing data file is named |
+| ``onmt.model_builder.build_base_model`` | the generator uses hints |
+| ``onmt.trainer.Trainer.train`` | the report, at the end of the log |
+| ``onmt.bin.*.main`` | a mistake of the user's is one line, not a traceback |
+| ``torch.serialization`` | ``argparse.Namespace`` may be loaded: torch >= 2.6 refuses every checkpoint of the host otherwise |
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from sd_plugin._environment import MODES, read_switch
+from sd_plugin.errors import UsageError
+
+from ._patcher import Patcher
+
+NAME = "OpenNMT-py"
+VERSIONS = ("3.5.1",)
+
+_patcher = Patcher()
+
+
+class MissingDataFileError(UsageError, OSError):
+    """A file that the configuration names is not there. Also an OSError, as the host's own."""
+
+
+def on_import(module: ModuleType) -> None:
+    """Patch the host, or one of its programs, right after its import; what to do is in the environment."""
+    if module.__name__ == "onmt":
+        switch = read_switch(os.environ)
+        enable(replace=switch.replace, mode=switch.mode)
+    else:
+        _tell_mistakes_in_one_line(module)
+
+
+def enable(replace: bool = True, mode: str | None = None) -> None:
+    """Add the structured encoder and decoders to OpenNMT-py.
+
+    Args:
+        replace: the host's own ``rnn``, ``brnn`` and ``ifrnn`` become structured too (LSTM only).
+        mode: what a configuration without ``sd_mode`` gets; None for nr_rh_st.
+
+    Raises:
+        UsageError: the installed OpenNMT-py is not one this was tested with, or ``mode`` is unknown.
+        ImportError: OpenNMT-py is not installed.
+    """
+    import onmt
+
+    if mode is not None and mode not in MODES:
+        raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+    version = getattr(onmt, "__version__", "unknown")
+    if version not in VERSIONS:
+        raise UsageError(f"OpenNMT-py {version} is not supported; supported: {', '.join(VERSIONS)}")
+    from sd_plugin.opennmt import options
+
+    disable()
+    options.replacement.active, options.replacement.mode = replace, mode
+    _allow_loading_options()
+    _register(replace)
+    _patch_options()
+    _patch_model_builder()
+    _patch_trainer()
+
+
+def disable() -> None:
+    """Put back everything ``enable`` has changed; models that are built already stay as they are."""
+    _patcher.undo()
+    options = sys.modules.get("sd_plugin.opennmt.options")
+    if options is not None:
+        options.replacement.active, options.replacement.mode = False, None
+
+
+def _allow_loading_options() -> None:
+    """The host stores its options as a Namespace; torch's weights-only loader must be told that this is fine."""
+    import torch
+
+    add_safe_globals = getattr(torch.serialization, "add_safe_globals", None)
+    if add_safe_globals is not None:
+        add_safe_globals([argparse.Namespace])
+
+
+def _register(replace: bool) -> None:
+    from onmt.decoders import str2dec
+    from onmt.encoders import str2enc
+
+    from sd_plugin.opennmt import StructuredRNNDecoder, StructuredRNNEncoder
+
+    for name in ("sd_rnn", "sd_brnn", *(("rnn", "brnn") if replace else ())):
+        _patcher.set_item(str2enc, name, StructuredRNNEncoder)
+    for name in ("sd_rnn", *(("rnn", "ifrnn") if replace else ())):
+        _patcher.set_item(str2dec, name, StructuredRNNDecoder)
+
+
+def _patch_options() -> None:
+    import onmt.opts
+    from onmt.utils.parse import ArgumentParser
+
+    from sd_plugin.opennmt import options
+
+    def model_opts(parser: Any) -> None:
+        stock["model_opts"](parser)
+        options.add_options(parser)
+
+    def parse_known_args(self: Any, *args: Any, **kwargs: Any) -> Any:
+        known, unknown = stock["parse_known_args"](self, *args, **kwargs)
+        options.check_unknown(unknown)
+        return known, unknown
+
+    def validate_train_opts(cls: Any, opt: Any) -> None:
+        stock["validate_train_opts"].__func__(cls, opt)
+        _check_training(opt)
+
+    def validate_model_opts(cls: Any, opt: Any) -> None:
+        stock["validate_model_opts"].__func__(cls, opt)
+        if options.uses_plugin(opt):
+            options.resolve(opt)
+
+    def ckpt_model_opts(cls: Any, ckpt_opt: Any) -> Any:
+        options.check_checkpoint(ckpt_opt)
+        return stock["ckpt_model_opts"].__func__(cls, ckpt_opt)
+
+    def validate_file(file_path: str, info: str) -> None:
+        try:
+            stock["_validate_file"].__func__(file_path, info)
+        except OSError as error:
+            raise MissingDataFileError(f"{info}: no such file: {file_path}") from error
+
+    stock: dict[str, Any] = {"model_opts": onmt.opts.model_opts}
+    stock["parse_known_args"] = ArgumentParser.parse_known_args
+    for name in ("validate_train_opts", "validate_model_opts", "ckpt_model_opts", "_validate_file"):
+        stock[name] = next(vars(cls)[name] for cls in ArgumentParser.__mro__ if name in vars(cls))
+    _patcher.set(onmt.opts, "model_opts", model_opts)
+    _patcher.set(ArgumentParser, "parse_known_args", parse_known_args)
+    _patcher.set(ArgumentParser, "validate_train_opts", classmethod(validate_train_opts))
+    _patcher.set(ArgumentParser, "validate_model_opts", classmethod(validate_model_opts))
+    _patcher.set(ArgumentParser, "ckpt_model_opts", classmethod(ckpt_model_opts))
+    _patcher.set(ArgumentParser, "_validate_file", staticmethod(validate_file))
+
+
+def _check_training(opt: Any) -> None:
+    """Refuse or warn before anything is read or written."""
+    from onmt.utils.logging import logger
+
+    from sd_plugin import kernels
+    from sd_plugin.opennmt import options
+
+    if not options.uses_plugin(opt):
+        if getattr(opt, "sd_mode", None) not in (None, "random"):
+            logger.warning(
+                f"sd-plugin: sd_mode {opt.sd_mode} has no effect: encoder_type is {opt.encoder_type} and decoder_type "
+                f"{opt.decoder_type}; use sd_rnn or sd_brnn, or set SD_PLUGIN=1"
+            )
+        return
+    import torch
+
+    try:
+        kernels.choose("lstm", torch.device("cuda" if opt.gpu_ranks else "cpu"), torch.float32)
+    except kernels.BackendError as error:
+        raise UsageError(str(error)) from None
+
+
+def _patch_model_builder() -> None:
+    import onmt.model_builder
+    import onmt.modules
+
+    from sd_plugin.linear import StructuredLinear
+    from sd_plugin.opennmt import StructuredInputFeedRNNDecoder, StructuredStdRNNDecoder
+
+    stock = onmt.model_builder.build_base_model
+
+    @functools.wraps(stock)
+    def build_base_model(*args: Any, **kwargs: Any) -> Any:
+        model = stock(*args, **kwargs)
+        if isinstance(model.decoder, (StructuredInputFeedRNNDecoder, StructuredStdRNNDecoder)):
+            generator = model.generator
+            copies = isinstance(generator, onmt.modules.CopyGenerator)
+            for linear in (generator.linear, generator.linear_copy) if copies else (generator,):
+                StructuredLinear.adopt(linear)
+        return model
+
+    _patcher.set(onmt.model_builder, "build_base_model", build_base_model)
+
+
+def _patch_trainer() -> None:
+    from onmt.trainer import Trainer
+    from onmt.utils.logging import logger
+
+    from sd_plugin import stats
+
+    stock = Trainer.train
+
+    @functools.wraps(stock)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, *args, **kwargs)
+        if stats.sites():
+            logger.info(stats.report())
+        return result
+
+    _patcher.set(Trainer, "train", train)
+
+
+def _tell_mistakes_in_one_line(program: ModuleType) -> None:
+    """Let a console script end with one line and exit code 2 where this plugin refuses the user's input."""
+    stock: Callable[[], Any] = program.main
+    if getattr(stock, "_sd_plugin", False):
+        return
+
+    @functools.wraps(stock)
+    def main() -> Any:
+        try:
+            return stock()
+        except UsageError as error:
+            print(f"sd-plugin: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    main._sd_plugin = True  # type: ignore[attr-defined]
+    program.main = main  # type: ignore[attr-defined]

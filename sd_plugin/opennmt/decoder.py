@@ -1,0 +1,184 @@
+"""OpenNMT-py's RNN decoders with structured dropout."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from onmt.decoders.decoder import DecoderBase, InputFeedRNNDecoder, RNNDecoderBase, StdRNNDecoder
+
+from .. import hints
+from ..cell import StackedStructuredLSTM, SteppedDropout
+from ..dropout import StructuredDropout
+from ..kernels import Steps
+from ..linear import StructuredLinear
+from ..lstm import StructuredDropoutLSTM
+from ..patterns import Case, draw
+from .embeddings import structure_embeddings, update_embeddings
+from .options import Settings, is_ours, resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_BATCH_FIRST = Steps(1)
+
+
+class StructuredRNNDecoder(DecoderBase):  # type: ignore[misc]
+    """Chooses the decoder that the options ask for, as OpenNMT-py does for its own name ``rnn`` alone."""
+
+    @classmethod
+    def from_opt(cls, opt: Namespace, embeddings: Any) -> RNNDecoderBase:
+        """With ``input_feed`` the input-feeding decoder, else the standard one; stock where nothing is structured.
+
+        Raises:
+            UsageError: the ``sd_*`` options are not valid, or ``sd_rnn`` was asked of another RNN than the LSTM.
+        """
+        feeds = opt.decoder_type == "ifrnn" or bool(opt.input_feed)
+        stock = InputFeedRNNDecoder if feeds else StdRNNDecoder
+        if not is_ours(opt.decoder_type, opt.rnn_type):
+            return stock.from_opt(opt, embeddings)
+        settings = resolve(opt)
+        if settings.mode == "random":
+            return stock.from_opt(opt, embeddings)
+        decoder = (StructuredInputFeedRNNDecoder if feeds else StructuredStdRNNDecoder).from_opt(opt, embeddings)
+        decoder.restructure(settings)
+        return decoder
+
+
+class StructuredStdRNNDecoder(StdRNNDecoder):  # type: ignore[misc]
+    """``onmt.decoders.StdRNNDecoder`` whose embedding, LSTM, attention and output products skip dropped units."""
+
+    def restructure(self, settings: Settings) -> None:
+        """Replace the stock recurrent part and dropouts; parameters and their names stay."""
+        dropout = self.dropout.p
+        self.settings = settings
+        self.rnn = StructuredDropoutLSTM.from_lstm(
+            self.rnn, mode=settings.mode, sampling=settings.sampling, site="decoder.rnn"
+        )
+        self.dropout = StructuredDropout(
+            dropout, batch_first=True, sampling=settings.sampling, site="decoder.output"
+        )
+        structure_embeddings(self.embeddings, settings.sampling, "decoder.embeddings")
+        for linear in self._query_linears():
+            StructuredLinear.adopt(linear)
+        self.update_dropout(dropout)
+
+    def _query_linears(self) -> list[torch.nn.Linear]:
+        """The attention's linear layers whose input is the LSTM's output as it is."""
+        linears = (getattr(self.attn, name, None) for name in ("linear_in", "linear_query"))
+        return [linear for linear in linears if linear is not None]
+
+    def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
+        """Set the dropout of every site that follows ``dropout``."""
+        self.dropout.p = dropout
+        self.rnn.dropout = dropout
+        self.rnn.recurrent_dropout = self.settings.recurrent_dropout(dropout)
+        # Without attention the LSTM's output is the decoder's, which has a dropout already.
+        self.rnn.output_dropout = self.settings.output_dropout(dropout) if self.attentional else 0.0
+        update_embeddings(self.embeddings, dropout)
+
+
+class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):  # type: ignore[misc]
+    """``onmt.decoders.InputFeedRNNDecoder``: the kept units of ``[emb_t, feed]`` are the union of both."""
+
+    def restructure(self, settings: Settings) -> None:
+        """Replace the stock recurrent part and dropouts; parameters and their names stay."""
+        dropout = self.dropout.p
+        self.settings = settings
+        stock = self.rnn
+        self.rnn = StackedStructuredLSTM(
+            stock.num_layers,
+            self._input_size,
+            self.hidden_size,
+            mode=settings.mode,
+            sampling=settings.sampling,
+            site="decoder.rnn",
+        )
+        self.rnn.layers = stock.layers
+        structure_embeddings(self.embeddings, settings.sampling, "decoder.embeddings")
+        self.update_dropout(dropout)
+
+    def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
+        """Set the dropout of every site that follows ``dropout``."""
+        self.dropout.p = dropout
+        self.rnn.dropout.p = dropout
+        self.rnn.recurrent_dropout = self.settings.recurrent_dropout(dropout)
+        self.rnn.output_dropout = self.settings.output_dropout(dropout) if self.attentional else 0.0
+        update_embeddings(self.embeddings, dropout)
+
+    def _run_forward_pass(
+        self, tgt: Tensor, enc_out: Tensor, src_len: Tensor | None = None
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """See the stock method. In training the patterns of the whole target are drawn first."""
+        if not self.training:
+            return super()._run_forward_pass(tgt, enc_out, src_len=src_len)  # type: ignore[no-any-return]
+        emb = self.embeddings(tgt)
+        batch, count, _ = emb.shape
+        run = self.rnn.start(count, batch, emb)
+        drop = self._output_dropout(count, batch, emb)
+        state, feed = self.state["hidden"], self.state["input_feed"].squeeze(0)
+        record = _AttentionRecord(self)
+        outputs = []
+        for t, emb_t in enumerate(hints.unbind(emb, _BATCH_FIRST)):
+            dec_in = hints.cat([emb_t, feed])
+            rnn_out, state = run.step(t, dec_in, state)
+            # The attention joins it with the context vector, and no product sees it alone.
+            hints.waive(rnn_out)
+            feed = drop(t, self._attend(rnn_out, dec_in, enc_out, src_len, record))
+            record.copy(feed, enc_out)
+            outputs.append(feed)
+        return state, hints.stack(outputs, _BATCH_FIRST), record.stacked()
+
+    def _output_dropout(self, count: int, batch: int, like: Tensor) -> SteppedDropout:
+        pattern = draw(
+            Case.III,
+            count,
+            batch,
+            self.hidden_size,
+            self.dropout.p,
+            sampling=self.settings.sampling,
+            device=like.device,
+            dtype=like.dtype,
+        )
+        return SteppedDropout(pattern, "decoder.output")
+
+    def _attend(
+        self, rnn_out: Tensor, dec_in: Tensor, enc_out: Tensor, src_len: Tensor | None, record: _AttentionRecord
+    ) -> Tensor:
+        """The decoder's output at one step, before its dropout."""
+        dec_out = rnn_out
+        if self.attentional:
+            dec_out, p_attn = self.attn(rnn_out, enc_out, src_len=src_len)
+            record.attended(p_attn)
+        if self.context_gate is not None:
+            dec_out = self.context_gate(dec_in, rnn_out, dec_out)
+        return dec_out
+
+
+class _AttentionRecord:
+    """The attentions of an input-feeding decoder over its steps, as the stock decoder returns them."""
+
+    def __init__(self, decoder: StructuredInputFeedRNNDecoder) -> None:
+        self._decoder = decoder
+        coverage = decoder.state["coverage"]
+        self._coverage = None if coverage is None else coverage.squeeze(0)
+        self._kinds: dict[str, list[Tensor]] = {}
+
+    def attended(self, p_attn: Tensor) -> None:
+        """The standard attention of one step; coverage is its running sum (See et al. 2017)."""
+        self._kinds.setdefault("std", []).append(p_attn)
+        if self._decoder._coverage:
+            self._coverage = p_attn if self._coverage is None else p_attn + self._coverage
+            self._kinds.setdefault("coverage", []).append(self._coverage)
+
+    def copy(self, dec_out: Tensor, enc_out: Tensor) -> None:
+        """The copy attention of one step, from the dropped output."""
+        if self._decoder.copy_attn is not None:
+            self._kinds.setdefault("copy", []).append(self._decoder.copy_attn(dec_out, enc_out)[1])
+        elif self._decoder._reuse_copy_attn:
+            self._kinds["copy"] = self._kinds["std"]
+
+    def stacked(self) -> dict[str, Tensor]:
+        """Every kind of attention, ``[T, B, S]``."""
+        return {kind: torch.stack(steps) for kind, steps in self._kinds.items()}

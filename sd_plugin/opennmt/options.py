@@ -1,0 +1,172 @@
+"""The ``sd_*`` options of an OpenNMT-py configuration: their defaults, their checks, and what they come to.
+
+They are model options: OpenNMT-py saves them in every checkpoint and reads them back to resume or to translate.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from ..errors import UsageError
+from ..lstm import MODES, check_mode
+from ..patterns import SAMPLINGS, check_probability, check_sampling
+
+#: Raised when the meaning of a stored option changes, so that an older plugin refuses instead of guessing.
+FORMAT = 1
+#: Encoder and decoder types that are always ours.
+OWN_TYPES = ("sd_rnn", "sd_brnn")
+#: Stock types that are ours when replacement is switched on.
+REPLACED_TYPES = ("rnn", "brnn", "ifrnn")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "sd_mode": {
+        "type": str,
+        "help": f"Structured dropout: one of {', '.join(MODES)}. Default: nr_rh_st, or what SD_PLUGIN names.",
+    },
+    "sd_recurrent_dropout": {
+        "type": float,
+        "help": "Dropout of the recurrent state. Default: as dropout in nr_rh_st (its schedule too), else none.",
+    },
+    "sd_output_dropout": {
+        "type": float,
+        "help": "Dropout of the encoder's and the decoder's LSTM output. Default: as sd_recurrent_dropout's.",
+    },
+    "sd_sampling": {
+        "type": str,
+        "default": "exact",
+        "help": f"How kept units are drawn: one of {', '.join(SAMPLINGS)}.",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the options of one model come to.
+
+    Attributes:
+        mode, sampling: as :class:`~sd_plugin.StructuredDropoutLSTM`.
+        recurrent, output: fixed probabilities; None follows ``dropout`` through its schedule.
+    """
+
+    mode: str
+    sampling: str = "exact"
+    recurrent: float | None = None
+    output: float | None = None
+
+    def recurrent_dropout(self, dropout: float) -> float:
+        """Probability for the recurrent state while the model's dropout is ``dropout``."""
+        return self._follow(self.recurrent, dropout)
+
+    def output_dropout(self, dropout: float) -> float:
+        """Probability for the LSTM outputs while the model's dropout is ``dropout``."""
+        return self._follow(self.output, dropout)
+
+    def _follow(self, fixed: float | None, dropout: float) -> float:
+        if fixed is not None:
+            return fixed
+        return dropout if self.mode == "nr_rh_st" else 0.0
+
+
+@dataclass
+class Replacement:
+    """Whether OpenNMT-py's own type names are ours in this process, and with which mode.
+
+    Attributes:
+        active: ``rnn``, ``brnn`` and ``ifrnn`` build this package's classes.
+        mode: the mode where a configuration names none; None for nr_rh_st.
+    """
+
+    active: bool = False
+    mode: str | None = None
+
+
+#: Set by :mod:`sd_plugin.patches.opennmt`.
+replacement = Replacement()
+
+
+def add_options(parser: Any) -> None:
+    """Add the ``sd_*`` options to an OpenNMT-py (configargparse) parser."""
+    group = parser.add_argument_group("Structured dropout (sd-plugin)")
+    for name, kwargs in OPTIONS.items():
+        group.add(f"--{name}", f"-{name}", **{"default": None, **kwargs})
+
+
+def is_ours(type_name: str, rnn_type: str) -> bool:
+    """Whether an encoder or decoder type is built by this package."""
+    if type_name in OWN_TYPES:
+        return True
+    return type_name in REPLACED_TYPES and rnn_type == "LSTM" and replacement.active
+
+
+def uses_plugin(opt: Namespace) -> bool:
+    """Whether a model with these options has an encoder or decoder of this package."""
+    return any(is_ours(name, opt.rnn_type) for name in (opt.encoder_type, opt.decoder_type))
+
+
+def resolve(opt: Namespace) -> Settings:
+    """Check the ``sd_*`` options of ``opt`` and write into it those that depend on the environment.
+
+    Raises:
+        UsageError: an option has no valid value, the options contradict each other, or the RNN is not an LSTM.
+    """
+    if opt.rnn_type != "LSTM":
+        raise UsageError(
+            f"rnn_type {opt.rnn_type} has no structured dropout: use rnn_type LSTM, or encoder_type and "
+            f"decoder_type rnn instead of {opt.encoder_type} and {opt.decoder_type}"
+        )
+    opt.sd_mode = getattr(opt, "sd_mode", None) or replacement.mode or "nr_rh_st"
+    opt.sd_sampling = getattr(opt, "sd_sampling", None) or "exact"
+    opt.sd_format = FORMAT
+    recurrent, output = getattr(opt, "sd_recurrent_dropout", None), getattr(opt, "sd_output_dropout", None)
+    try:
+        check_mode(opt.sd_mode)
+        check_sampling(opt.sd_sampling)
+        for p in opt.dropout if isinstance(opt.dropout, list) else [opt.dropout]:
+            check_probability(p, "dropout")
+        for name, p in (("sd_recurrent_dropout", recurrent), ("sd_output_dropout", output)):
+            if p is not None:
+                check_probability(p, name)
+    except ValueError as error:
+        told = str(error)
+        raise UsageError(f"sd_{told}" if told.startswith(("mode ", "sampling ")) else told) from None
+    if recurrent and opt.sd_mode != "nr_rh_st":
+        raise UsageError(f"sd_recurrent_dropout needs sd_mode nr_rh_st, got {opt.sd_mode}")
+    if output and opt.sd_mode == "random":
+        raise UsageError("sd_output_dropout needs sd_mode nr_st or nr_rh_st, got random")
+    return Settings(opt.sd_mode, opt.sd_sampling, recurrent, output)
+
+
+def check_unknown(arguments: list[str]) -> None:
+    """Refuse a misspelt ``sd_*`` key, which OpenNMT-py's training would silently ignore.
+
+    Args:
+        arguments: what the parser did not know, as ``--key``, ``--key=value`` or a lone value.
+
+    Raises:
+        UsageError: one of them is an ``sd_*`` key.
+    """
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if not (argument.startswith("-") and name.startswith("sd_")):
+            continue
+        if name in OPTIONS:
+            raise UsageError(f"{name} is not an option of this program: it is saved in the model; leave it out")
+        close = get_close_matches(name, OPTIONS, 1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"unknown option {name}{meant} Valid: {', '.join(OPTIONS)}")
+
+
+def check_checkpoint(opt: Namespace) -> None:
+    """Refuse the options of a checkpoint that a newer version of this package wrote.
+
+    Raises:
+        UsageError: its format is newer, or it has an ``sd_*`` option this version does not know.
+    """
+    stored = {name for name in vars(opt) if name.startswith("sd_")}
+    unknown = sorted(stored - set(OPTIONS) - {"sd_format"})
+    if getattr(opt, "sd_format", FORMAT) > FORMAT or unknown:
+        what = f" (option {', '.join(unknown)})" if unknown else f" (format {opt.sd_format}, this one reads {FORMAT})"
+        raise UsageError(f"this checkpoint was written by a newer sd-plugin{what}: pip install -U sd-plugin")
