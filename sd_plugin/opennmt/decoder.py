@@ -60,13 +60,13 @@ class StructuredStdRNNDecoder(StdRNNDecoder):  # type: ignore[misc]
             dropout, batch_first=True, sampling=settings.sampling, site="decoder.output"
         )
         structure_embeddings(self.embeddings, settings.sampling, "decoder.embeddings")
-        for linear in self._query_linears():
+        for linear in self._attention_linears():
             StructuredLinear.adopt(linear)
         self.update_dropout(dropout)
 
-    def _query_linears(self) -> list[torch.nn.Linear]:
-        """The attention's linear layers whose input is the LSTM's output as it is."""
-        linears = (getattr(self.attn, name, None) for name in ("linear_in", "linear_query"))
+    def _attention_linears(self) -> list[torch.nn.Linear]:
+        """The attention's linear layers that multiply the decoder's or the encoder's LSTM output as it is."""
+        linears = (getattr(self.attn, name, None) for name in ("linear_in", "linear_query", "linear_context"))
         return [linear for linear in linears if linear is not None]
 
     def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:

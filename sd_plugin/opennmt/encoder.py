@@ -25,8 +25,7 @@ class StructuredRNNEncoder(RNNEncoder):  # type: ignore[misc]
 
     Args:
         settings: what the ``sd_*`` options come to.
-        output_is_multiplied: the attention multiplies the encoder's output with a weight (``mlp``), so its hint
-            has a use.
+        output_is_multiplied: the decoder multiplies the encoder's output by a weight and can skip there.
         *args, **kwargs: of ``RNNEncoder``.
     """
 
@@ -57,7 +56,9 @@ class StructuredRNNEncoder(RNNEncoder):  # type: ignore[misc]
             return RNNEncoder.from_opt(opt, embeddings)
         return cls(
             settings,
-            opt.global_attention == "mlp",
+            # Only this attention multiplies the encoder's output by a weight, and only the standard decoder does it
+            # once for all target steps.
+            opt.global_attention == "mlp" and not opt.input_feed and is_ours(opt.decoder_type, opt.rnn_type),
             rnn_type=opt.rnn_type,
             bidirectional=opt.brnn,
             num_layers=opt.enc_layers,
