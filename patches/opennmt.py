@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import pickle
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -124,6 +125,11 @@ def _patch_options() -> None:
         stock["validate_train_opts"].__func__(cls, opt)
         _check_training(opt)
 
+    def validate_translate_opts(cls: Any, opt: Any) -> None:
+        stock["validate_translate_opts"].__func__(cls, opt)
+        for path in opt.models:
+            _check_model_file(path)
+
     def validate_model_opts(cls: Any, opt: Any) -> None:
         stock["validate_model_opts"].__func__(cls, opt)
         if options.uses_plugin(opt):
@@ -141,14 +147,36 @@ def _patch_options() -> None:
 
     stock: dict[str, Any] = {"model_opts": onmt.opts.model_opts}
     stock["parse_known_args"] = ArgumentParser.parse_known_args
-    for name in ("validate_train_opts", "validate_model_opts", "ckpt_model_opts", "_validate_file"):
+    names = ("validate_train_opts", "validate_translate_opts", "validate_model_opts", "ckpt_model_opts", "_validate_file")
+    for name in names:
         stock[name] = next(vars(cls)[name] for cls in ArgumentParser.__mro__ if name in vars(cls))
     _patcher.set(onmt.opts, "model_opts", model_opts)
     _patcher.set(ArgumentParser, "parse_known_args", parse_known_args)
     _patcher.set(ArgumentParser, "validate_train_opts", classmethod(validate_train_opts))
+    _patcher.set(ArgumentParser, "validate_translate_opts", classmethod(validate_translate_opts))
     _patcher.set(ArgumentParser, "validate_model_opts", classmethod(validate_model_opts))
     _patcher.set(ArgumentParser, "ckpt_model_opts", classmethod(ckpt_model_opts))
     _patcher.set(ArgumentParser, "_validate_file", staticmethod(validate_file))
+
+
+def _check_model_file(path: str) -> None:
+    """Refuse a newer plugin's checkpoint before the host empties the output file of a translation.
+
+    Raises:
+        UsageError: there is no such file, or it was written by a newer plugin.
+    """
+    import torch
+
+    from sd_plugin.opennmt import options
+
+    if not os.path.isfile(path):
+        raise MissingDataFileError(f"model: no such file: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError):
+        # Not in the format that can be mapped, or not a checkpoint: the host's own loading will tell.
+        return
+    options.check_checkpoint(checkpoint["opt"])
 
 
 def _check_training(opt: Any) -> None:
