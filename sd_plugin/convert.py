@@ -38,7 +38,8 @@ def convert(model: Model, **options: Any) -> Model:
         for name, lstm in found.items()
     }
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        # Not named_children(), which leaves out the second name of a child that has two.
+        for name, child in list(parent._modules.items()):
             if id(child) in made:
                 setattr(parent, name, made[id(child)])
     return made.get(id(model), model)  # type: ignore[return-value]

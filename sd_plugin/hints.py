@@ -81,6 +81,17 @@ class Hint:
         """``tensor``, which carries this hint or is a view of what carries it, was not modified since."""
         return tensor._version == self._version
 
+    def speaks_of(self, tensor: Tensor, steps: Steps) -> bool:
+        """The time steps of this hint are those of ``tensor``, laid out as ``steps`` says.
+
+        A view may keep the rows in their order and yet give them to other steps.
+        """
+        return self.steps == steps and self.shape == tensor.shape
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # A copy or a checkpoint of the tensor has no hint, and nothing of this package is needed to load it.
+        return set, ()
+
     def use(self) -> Kept:
         """The kept units, for a product."""
         for part in self.parts:
@@ -91,20 +102,22 @@ class Hint:
 
 def attach(tensor: Tensor, parts: Sequence[Part], steps: Steps) -> Tensor:
     """Note on ``tensor``, whose rows are laid out as ``steps`` says, that its other columns are zero; returns it."""
-    setattr(tensor, _ATTRIBUTE, Hint(parts, steps, tensor))
+    # Nothing tells when a tensor of inference mode is modified, so no hint on it could be trusted.
+    if not tensor.is_inference():
+        setattr(tensor, _ATTRIBUTE, Hint(parts, steps, tensor))
     return tensor
 
 
 def lookup(tensor: Tensor) -> Hint | None:
     """The hint of ``tensor``, or of the tensor it is a row-preserving view of; None when there is none to trust."""
-    hint: Hint | None = getattr(tensor, _ATTRIBUTE, None)
-    if hint is not None:
+    hint = getattr(tensor, _ATTRIBUTE, None)
+    if isinstance(hint, Hint):
         return hint if tensor.shape == hint.shape and hint.holds_for(tensor) else None
     base = tensor._base
     if base is None:
         return None
     hint = getattr(base, _ATTRIBUTE, None)
-    if hint is None or not hint.holds_for(tensor):
+    if not isinstance(hint, Hint) or not hint.holds_for(tensor):
         return None
     same_rows = (
         tensor.dim() > 0
@@ -143,7 +156,7 @@ def unbind(x: Tensor, steps: Steps) -> list[Tensor]:
     """The time steps of ``x``, each ``[rows, K]`` with a hint of its own if ``x`` has one for these steps."""
     rows = steps.split(x)
     hint = lookup(x)
-    if hint is not None and hint.steps == steps:
+    if hint is not None and hint.speaks_of(x, steps):
         for t, row in enumerate(rows):
             attach(row, [Part(p.kept.at(t), p.draws) for p in hint.parts], Steps.packed(row.shape[:1]))
     return rows

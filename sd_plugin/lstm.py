@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, hints
+from ._autocast import autocast_dtype
 from .functional import LayerCall, Operand
 from .kernels import Steps
 from .patterns import Case, check_probability, check_sampling, draw
@@ -125,7 +126,8 @@ class StructuredDropoutLSTM(nn.LSTM):
             raise NotImplementedError("StructuredDropoutLSTM has no projections (proj_size must be 0)")
         module = cls.__new__(cls)
         # Containers are copied, so that each module registers for itself; what they hold is shared.
-        module.__dict__.update({k: copy(v) if isinstance(v, dict) else v for k, v in lstm.__dict__.items()})
+        own = {k: copy(v) if isinstance(v, (dict, list, set)) else v for k, v in lstm.__dict__.items()}
+        module.__dict__.update(own)
         defaults = {"recurrent_dropout": 0.0, "input_dropout": 0.0, "output_dropout": 0.0, "mode": "nr_rh_st"}
         module.configure(**{**defaults, **options})
         return module
@@ -212,6 +214,9 @@ class StructuredDropoutLSTM(nn.LSTM):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
             )
+        dtype = self._parameters_of("l0")[0].dtype
+        if x.dtype != dtype and autocast_dtype(x.device.type) is None:
+            raise ValueError(f"RNN input dtype ({x.dtype}) does not match weight dtype ({dtype})")
         if hx is None:
             zeros = x.new_zeros(shape)
             return zeros, zeros
@@ -248,7 +253,7 @@ class StructuredDropoutLSTM(nn.LSTM):
     def _input_operand(self, x: Tensor, steps: Steps) -> Operand:
         """What the layer's input knows of its zero columns, if that speaks of the same time steps."""
         hint = hints.lookup(x) if self.training else None
-        return Operand.hinted(hint if hint is not None and hint.steps == steps else None)
+        return Operand.hinted(hint if hint is not None and hint.speaks_of(x, steps) else None)
 
     def _direction(
         self, x: Tensor, state: tuple[Tensor, Tensor], operand: Operand, steps: Steps, layer: int, direction: int

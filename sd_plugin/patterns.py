@@ -13,7 +13,7 @@ Structured cases give :class:`~sd_plugin.kernels.Kept` units, which products can
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsFloat
 
 import torch
 
@@ -50,12 +50,12 @@ class Case(str, Enum):
         return (cls.IV if locked else cls.III) if structured else (cls.II if locked else cls.I)
 
 
-def check_probability(p: float, name: str = "p") -> float:
+def check_probability(p: object, name: str = "p") -> float:
     """``p`` as a float; ValueError unless it is in [0, 1)."""
-    try:
-        value = float(p)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be a number in [0, 1), got {p!r}") from None
+    # Text is no number, though float() would read one out of it.
+    if not isinstance(p, SupportsFloat):
+        raise ValueError(f"{name} must be a number in [0, 1), got {p!r}")
+    value = float(p)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name} must be in [0, 1), got {p}")
     return value

@@ -46,6 +46,7 @@ class Site:
 _sites: dict[str, Site] = {}
 _backends: set[str] = set()
 _reported = False
+_registered = False
 
 
 def sites() -> dict[str, Site]:
@@ -64,8 +65,10 @@ def reset() -> None:
 
 def count_draw(site: str, kept: Kept) -> None:
     """A pattern was drawn at ``site``."""
-    if not _sites:
+    global _registered
+    if not _registered:
         atexit.register(_at_exit)
+        _registered = True
     counters = _sites.setdefault(site, Site())
     counters.drawn += 1
     counters.units += kept.steps * kept.size

@@ -1,0 +1,52 @@
+# Everything happens in .venv, which is made when it is missing or when what it is made from has changed.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test lint clean
+
+PYTHON ?= python3
+# More threads than idle cores make small tensor operations several times slower.
+OMP_NUM_THREADS ?= 2
+export OMP_NUM_THREADS
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+SOURCES := sd_plugin kernels patches
+TYPECHECK := build/typecheck
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## Make the virtual environment .venv (PYTHON=python3.12 chooses another Python)
+
+# OpenNMT-py pins an old torch, so it is installed without its dependencies, which an extra lists instead.
+$(STAMP): pyproject.toml setup.py sd_plugin.pth sd_plugin.start constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install --no-deps OpenNMT-py==3.5.1
+	$(BIN)/python -m pip install -c constraints.txt -e '.[opennmt-unpinned,demo,plot,test]'
+	touch $@
+
+demo: $(STAMP)  ## Train and translate with and without the plugin, on a CPU, in minutes
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMP)  ## Run the tests (PYTEST_ARGS='-k name' selects some)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+# mypy knows neither the package mapping nor the import hook of an editable install, so it sees the sources
+# through a folder of links laid out as they are installed. Its messages are given the source paths back.
+lint: $(STAMP)  ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf $(TYPECHECK)
+	mkdir -p $(TYPECHECK)/sd_plugin
+	ln -s $(CURDIR)/sd_plugin/* $(CURDIR)/kernels $(CURDIR)/patches $(TYPECHECK)/sd_plugin/
+	$(BIN)/mypy | sed -E 's,^$(TYPECHECK)/(sd_plugin/(kernels|patches)/)?(sd_plugin/)?,\2/\3,; s,^/,,'
+
+clean:  ## Remove .venv and everything built or cached
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage
+	find $(SOURCES) tests scripts benchmarks -type d -name __pycache__ -prune -exec rm -rf {} +
