@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import os
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class Backend(Protocol):
     def gemm_wg(self, x: Tensor, dy: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
         """Row-sparse output product."""
 
-    def lstm_pack(
-        self, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None
-    ) -> Any:
+    def lstm_pack(self, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Any:
         """Parameters in the backend's own layout."""
 
     def lstm_forward(self, packed: Any, *args: Any) -> Any:
@@ -63,7 +61,7 @@ class Backend(Protocol):
         """Its gradients."""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(name: str) -> tuple[Backend | None, str | None]:
     """The backend's module, or why there is none. Asked once per process: the answer cannot change."""
     package = f"{__package__}.{name}"

@@ -9,6 +9,7 @@ from .kept import Kept
 from .steps import TIME_MAJOR, Steps
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -95,6 +96,8 @@ class PackedWeights(NamedTuple):
     data: Any
     input_size: int
     hidden_size: int
+    dtype: torch.dtype
+    device: torch.device
 
 
 def lstm_pack(
@@ -109,9 +112,9 @@ def lstm_pack(
     Raises:
         ValueError: shapes disagree. TypeError: dtypes or devices disagree.
     """
-    hidden = weight_hh.shape[-1]
-    if weight_hh.dim() != 2 or weight_hh.shape[0] != 4 * hidden:
+    if weight_hh.dim() != 2 or weight_hh.shape[0] != 4 * weight_hh.shape[1]:
         raise ValueError(f"weight_hh must be [4H, H], got {tuple(weight_hh.shape)}")
+    hidden = weight_hh.shape[1]
     if weight_ih.dim() != 2 or weight_ih.shape[0] != 4 * hidden:
         raise ValueError(f"weight_ih must be [{4 * hidden}, I], got {tuple(weight_ih.shape)}")
     _check_same_kind("weight_hh", weight_hh, weight_ih)
@@ -121,9 +124,8 @@ def lstm_pack(
         if bias is not None:
             _check_same_kind(name, bias, weight_ih)
     backend = choose("lstm", weight_ih.device, weight_ih.dtype)
-    return PackedWeights(
-        backend, backend.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh), weight_ih.shape[1], hidden
-    )
+    data = backend.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh)
+    return PackedWeights(backend, data, weight_ih.shape[1], hidden, weight_ih.dtype, weight_ih.device)
 
 
 class LSTMResult(NamedTuple):
@@ -165,13 +167,7 @@ def lstm_forward(
 
     Source: the paper, equations 1-4 and section 3.2; ``torch.nn.LSTM`` for the cell.
     """
-    count, batch = _check_lstm(packed, x, steps)
-    for name, state in (("h0", h0), ("c0", c0)):
-        if state.shape != (batch, packed.hidden_size):
-            raise ValueError(f"{name} must be [{batch}, {packed.hidden_size}], got {tuple(state.shape)}")
-        _check_same_kind(name, state, x)
-    _check_kept("kept_x", kept_x, count, packed.input_size, x)
-    _check_recurrent(pattern_h, count, batch, packed.hidden_size, x)
+    _check_lstm(packed, x, kept_x, pattern_h, steps, ("h0", h0), ("c0", c0))
     return LSTMResult(*packed.backend.lstm_forward(packed.data, x, h0, c0, kept_x, pattern_h, steps, reverse))
 
 
@@ -204,21 +200,39 @@ def lstm_backward(
         dy: gradient of ``y``, its shape; dh_n, dc_n: gradients of the final state, ``[B, H]``.
 
     Raises:
-        ValueError: shapes, steps or sizes disagree.
+        ValueError: shapes, steps or sizes disagree. TypeError: dtypes or devices disagree.
     """
-    _check_lstm(packed, x, steps)
-    steps.check("dy", dy)
+    _check_lstm(packed, x, kept_x, pattern_h, steps, ("dh_n", dh_n), ("dc_n", dc_n))
+    rows = (*x.shape[:-1], packed.hidden_size)
+    if dy.shape != rows:
+        raise ValueError(f"dy must be {list(rows)}, got {tuple(dy.shape)}")
+    _check_same_kind("dy", dy, x)
     return LSTMGradients(
         *packed.backend.lstm_backward(packed.data, dy, dh_n, dc_n, x, kept_x, pattern_h, steps, reverse, saved)
     )
 
 
-def _check_lstm(packed: PackedWeights, x: Tensor, steps: Steps) -> tuple[int, int]:
-    """Number of steps and of rows; ValueError unless ``x`` fits the weights."""
+def _check_lstm(
+    packed: PackedWeights,
+    x: Tensor,
+    kept_x: Kept | None,
+    pattern_h: Kept | Tensor | None,
+    steps: Steps,
+    *states: tuple[str, Tensor],
+) -> None:
+    """Raise unless ``x``, its patterns and the named ``[B, H]`` states fit each other and the weights."""
     steps.check("x", x)
     if x.shape[-1] != packed.input_size:
         raise ValueError(f"x has {x.shape[-1]} columns, the weights take {packed.input_size}")
-    return steps.count(x), steps.batch(x)
+    if x.dtype != packed.dtype or x.device != packed.device:
+        raise TypeError(f"x is {x.dtype} on {x.device}, the weights {packed.dtype} on {packed.device}")
+    count, batch = steps.count(x), steps.batch(x)
+    for name, state in states:
+        if state.shape != (batch, packed.hidden_size):
+            raise ValueError(f"{name} must be [{batch}, {packed.hidden_size}], got {tuple(state.shape)}")
+        _check_same_kind(name, state, x)
+    _check_kept("kept_x", kept_x, count, packed.input_size, x)
+    _check_recurrent(pattern_h, count, batch, packed.hidden_size, x)
 
 
 def _check_columns(name: str, x: Tensor, weight_t: Tensor, dim: int) -> None:
@@ -231,9 +245,7 @@ def _check_columns(name: str, x: Tensor, weight_t: Tensor, dim: int) -> None:
 
 def _check_same_kind(name: str, tensor: Tensor, like: Tensor) -> None:
     if tensor.dtype != like.dtype or tensor.device != like.device:
-        raise TypeError(
-            f"{name} is {tensor.dtype} on {tensor.device}, the other operand {like.dtype} on {like.device}"
-        )
+        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, the other operand {like.dtype} on {like.device}")
 
 
 def _check_kept(name: str, kept: Kept | None, count: int, size: int, x: Tensor) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
+
+import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +30,7 @@ class Steps:
         if self.time_dim not in (0, 1):
             raise ValueError(f"time_dim must be 0 or 1, got {self.time_dim}")
         sizes = self.batch_sizes
-        if sizes is not None and any(a < b for a, b in zip(sizes, sizes[1:], strict=False)):
+        if sizes is not None and any(a < b for a, b in pairwise(sizes)):
             raise ValueError("batch_sizes must not increase from step to step")
 
     @classmethod
@@ -62,7 +64,7 @@ class Steps:
         """``[T, K]`` values of each step, shaped to broadcast over (or match) an activation of this layout."""
         if self.batch_sizes is None:
             return per_step.unsqueeze(1 - self.time_dim)
-        sizes = per_step.new_tensor(self.batch_sizes, dtype=int)
+        sizes = torch.tensor(self.batch_sizes, device=per_step.device)
         return per_step.repeat_interleave(sizes, 0, output_size=sum(self.batch_sizes))
 
     def check(self, name: str, x: Tensor) -> None:

@@ -22,9 +22,7 @@ class Patcher:
         """Set ``owner.name``, which need not be there; a static or class method is put back as such."""
         before = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
-        self._undo.append(
-            lambda: delattr(owner, name) if before is _ABSENT else setattr(owner, name, before)
-        )
+        self._undo.append(lambda: delattr(owner, name) if before is _ABSENT else setattr(owner, name, before))
 
     def set_item(self, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
         """Set ``mapping[key]``, which need not be there."""

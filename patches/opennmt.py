@@ -4,13 +4,13 @@ What is hooked, and why, by module of the host:
 
 | host | change |
 |---|---|
-| ``onmt.encoders``, ``onmt.decoders`` | new names ``sd_rnn``, ``sd_brnn``; with ``replace`` also ``rnn``, ``brnn``, ``ifrnn`` |
+| ``onmt.encoders``, ``onmt.decoders`` | new names ``sd_rnn``, ``sd_brnn``; on request also the stock names |
 | ``onmt.opts.model_opts`` | the ``sd_*`` options, saved in checkpoints |
-| ``onmt.utils.parse.ArgumentParser`` | checks of those options; a misspelt one is an error; a missing data file is named |
+| ``onmt.utils.parse.ArgumentParser`` | checks of those options and of checkpoints; a missing file is named |
 | ``onmt.model_builder.build_base_model`` | the generator uses hints |
 | ``onmt.trainer.Trainer.train`` | the report, at the end of the log |
 | ``onmt.bin.*.main`` | a mistake of the user's is one line, not a traceback |
-| ``torch.serialization`` | ``argparse.Namespace`` may be loaded: torch >= 2.6 refuses every checkpoint of the host otherwise |
+| ``torch.serialization`` | ``argparse.Namespace`` may be loaded, or torch >= 2.6 refuses every checkpoint |
 """
 
 from __future__ import annotations
@@ -147,7 +147,13 @@ def _patch_options() -> None:
 
     stock: dict[str, Any] = {"model_opts": onmt.opts.model_opts}
     stock["parse_known_args"] = ArgumentParser.parse_known_args
-    names = ("validate_train_opts", "validate_translate_opts", "validate_model_opts", "ckpt_model_opts", "_validate_file")
+    names = (
+        "validate_train_opts",
+        "validate_translate_opts",
+        "validate_model_opts",
+        "ckpt_model_opts",
+        "_validate_file",
+    )
     for name in names:
         stock[name] = next(vars(cls)[name] for cls in ArgumentParser.__mro__ if name in vars(cls))
     _patcher.set(onmt.opts, "model_opts", model_opts)

@@ -18,7 +18,7 @@ from sd_plugin import __version__, _autoload
 from sd_plugin.errors import UsageError
 
 # Sub-command -> module with `main(argv) -> int | None`, where argv excludes the sub-command's name.
-SUBCOMMANDS: dict[str, str] = {}
+SUBCOMMANDS: dict[str, str] = {"to-stock": "sd_plugin.opennmt.to_stock"}
 
 USAGE = "usage: python -m sd_plugin [--help] [--version] PROGRAM [ARGS...]"
 EXAMPLE = "python -m sd_plugin onmt_train -config run.yaml"
@@ -30,6 +30,9 @@ Runs PROGRAM in this Python, with sd-plugin's hook into the hosts it knows. PROG
   - an installed command: onmt_train
 
 Example: {EXAMPLE}
+
+Or one of its own commands (each has a --help):
+  to-stock  make a checkpoint of sd_rnn or sd_brnn one that OpenNMT-py reads without this plugin
 
 The environment variable SD_PLUGIN says what the hook may do: 0 nothing; unset: add new names to the hosts;
 1: replace the hosts' dropout too, or one of random, nr_st, nr_rh_st to say by which mode.
@@ -114,9 +117,7 @@ def _run_command(name: str, args: list[str]) -> int:
 
     found = tuple(entry_points(group="console_scripts", name=name))
     if not found:
-        raise UsageError(
-            f"found neither a Python script nor an installed command called {name!r}; example: {EXAMPLE}"
-        )
+        raise UsageError(f"found neither a Python script nor an installed command called {name!r}; example: {EXAMPLE}")
     # A command started by the shell has its own folder in front of sys.path, not the working directory.
     folder = sysconfig.get_path("scripts")
     sys.argv = [os.path.join(folder, name), *args]

@@ -31,7 +31,8 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     if dtype is None:
         return tensors
     return tuple(
-        tensor.to(dtype) if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
+        tensor.to(dtype)
+        if tensor is not None and tensor.is_floating_point() and tensor.dtype != torch.float64
         else tensor
         for tensor in tensors
     )

@@ -27,9 +27,7 @@ class Switch:
     __slots__ = ("enabled", "mode", "problem", "replace")
 
     # No dataclass or NamedTuple: importing either costs more than the rest of the start-up hook.
-    def __init__(
-        self, enabled: bool, replace: bool, mode: "str | None" = None, problem: "str | None" = None
-    ) -> None:
+    def __init__(self, enabled: bool, replace: bool, mode: "str | None" = None, problem: "str | None" = None) -> None:
         self.enabled = enabled
         self.replace = replace
         self.mode = mode

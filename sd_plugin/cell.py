@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -100,7 +100,7 @@ class StackedRun:
         self._stack = stack
         self._draw_args = (steps, batch, stack.hidden_size)
         self._draw_kwargs = {"sampling": stack.sampling, "device": like.device, "dtype": like.dtype}
-        self._parameters = [(c.weight_ih, c.weight_hh, c.bias_ih, c.bias_hh) for c in stack.layers]
+        self._parameters = [_parameters_of(cell) for cell in stack.layers]
         self._packed: list[PackedWeights] = [pack_parameters(parameters) for parameters in self._parameters]
         self._recurrent = [self._draw(stack.recurrent_dropout) for _ in stack.layers]
         self._between = [SteppedDropout(self._draw(stack.dropout.p), stack.dropout.site) for _ in stack.layers[1:]]
@@ -132,6 +132,10 @@ class StackedRun:
         call = LayerCall(operand, recurrent, TIME_MAJOR, packed=self._packed[layer])
         _, h, c = lstm_layer(x.unsqueeze(0), state, self._parameters[layer], call)
         return h, c
+
+
+def _parameters_of(cell: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return cell.weight_ih, cell.weight_hh, cell.bias_ih, cell.bias_hh
 
 
 class SteppedDropout:

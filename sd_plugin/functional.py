@@ -98,9 +98,7 @@ class _Linear(torch.autograd.Function):
     """``x Wᵀ + b`` visiting kept columns of ``x`` only."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, steps: Steps
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, steps: Steps) -> Tensor:
         with without_autocast(x.device.type):
             weight_t = weight.t().contiguous()
             y = kernels.gemm_fp(x, weight_t, operand.kept, steps)

@@ -137,7 +137,7 @@ class StructuredDropoutLSTM(nn.LSTM):
         """The case of Fig. 1 that ``mode`` and ``locked`` amount to."""
         return Case.of(self.mode != "random", self.locked)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         if self._is_native(input):
@@ -170,9 +170,7 @@ class StructuredDropoutLSTM(nn.LSTM):
             return x._replace(data=nn.functional.dropout(x.data, p))
         return nn.functional.dropout(x, p)
 
-    def _forward_tensor(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _forward_tensor(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -224,9 +222,7 @@ class StructuredDropoutLSTM(nn.LSTM):
             self.check_hidden_size(state, shape, f"Expected {name} size {{}}, got {{}}")
         return self.permute_hidden(hx, sorted_indices)
 
-    def _layers(
-        self, x: Tensor, hx: tuple[Tensor, Tensor], steps: Steps
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _layers(self, x: Tensor, hx: tuple[Tensor, Tensor], steps: Steps) -> tuple[Tensor, Tensor, Tensor]:
         """All layers, with the dropouts between, before and after them."""
         x = self._drop(x, self.input_dropout, steps, "input")
         directions = 1 + self.bidirectional

@@ -40,7 +40,8 @@ class StepPattern:
             return
         self.index, self.scale = pattern.indices[step], pattern.scale
         if pattern.padded:
-            # Padding points at no unit: read a real row in its place and multiply it by zero.
+            # Padding points at no unit: read a real row in its place, and put zero for what comes of it
+            # (zero times that row would not do, should it hold an inf or nan).
             self.valid = self.index < pattern.size
             self.index = self.index.clamp(max=pattern.size - 1)
 
@@ -52,12 +53,15 @@ class StepPattern:
             return x
         x = x.index_select(1, self.index)
         if self.valid is not None:
-            x = x * self.valid
+            x = x.masked_fill(~self.valid, 0)
         return x if self.scale == 1.0 else x * self.scale
 
     def rows(self, weight_t: Tensor) -> Tensor:
         """The counted rows of ``weight_t`` ``[K, N]``."""
-        return weight_t if self.index is None else weight_t.index_select(0, self.index)
+        if self.index is None:
+            return weight_t
+        rows = weight_t.index_select(0, self.index)
+        return rows if self.valid is None else rows.masked_fill(~self.valid.unsqueeze(1), 0)
 
     def put(self, dx: Tensor, counted: Tensor) -> None:
         """Add the gradient of the counted columns, ``counted``, into ``dx`` ``[rows, K]``."""
@@ -65,14 +69,16 @@ class StepPattern:
             dx.add_(counted if self.mask is None else counted * self.mask[: dx.shape[0]])
             return
         counted = counted if self.scale == 1.0 else counted * self.scale
-        dx.index_add_(1, self.index, counted if self.valid is None else counted * self.valid)
+        dx.index_add_(1, self.index, counted if self.valid is None else counted.masked_fill(~self.valid, 0))
 
     def put_rows(self, dweight_t: Tensor, counted: Tensor) -> None:
         """Add the gradient of the counted rows, ``counted``, into ``dweight_t`` ``[K, N]``."""
         if self.index is None:
             dweight_t.add_(counted)
-        else:
-            dweight_t.index_add_(0, self.index, counted)
+            return
+        if self.valid is not None:
+            counted = counted.masked_fill(~self.valid.unsqueeze(1), 0)
+        dweight_t.index_add_(0, self.index, counted)
 
 
 def gemm_fp(x: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps) -> Tensor:

@@ -48,15 +48,12 @@ class Gradients(NamedTuple):
     bias: Tensor  #: ``[4H]``, of either bias
 
 
-def lstm_pack(
-    weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None
-) -> PackedLSTM:
+def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> PackedLSTM:
     """Pack parameters of ``torch.nn.LSTM``'s shapes (``[4H, I]``, ``[4H, H]``, ``[4H]``) for the products."""
     math = opmath(weight_ih.dtype)
     biases = [bias.to(math) for bias in (bias_ih, bias_hh) if bias is not None]
-    return PackedLSTM(
-        weight_ih.t().to(math).contiguous(), weight_hh.t().to(math).contiguous(), sum(biases) if biases else None
-    )
+    bias = torch.stack(biases).sum(0) if biases else None
+    return PackedLSTM(weight_ih.t().to(math).contiguous(), weight_hh.t().to(math).contiguous(), bias)
 
 
 def _order(count: int, reverse: bool) -> range:
@@ -173,15 +170,11 @@ def _backward_through_time(
     return dpre, dh, dc
 
 
-def _recurrent_weight_gradient(
-    h_before: Tensor, dpre: Tensor, pattern_h: Kept | Tensor | None, steps: Steps
-) -> Tensor:
+def _recurrent_weight_gradient(h_before: Tensor, dpre: Tensor, pattern_h: Kept | Tensor | None, steps: Steps) -> Tensor:
     """``[H, 4H]`` gradient of the recurrent weight, over all steps."""
     if not isinstance(pattern_h, torch.Tensor):
         return gemm_wg(h_before, dpre, pattern_h, steps)
-    dropped = [
-        h_t * pattern_h[t, : h_t.shape[0]] for t, h_t in enumerate(steps.split(h_before))
-    ]
+    dropped = [h_t * pattern_h[t, : h_t.shape[0]] for t, h_t in enumerate(steps.split(h_before))]
     grads = steps.split(dpre)
     if not grads:
         return dpre.new_zeros(h_before.shape[-1], dpre.shape[-1])

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _BATCH_FIRST = Steps(1)
 
 
-class StructuredRNNDecoder(DecoderBase):  # type: ignore[misc]
+class StructuredRNNDecoder(DecoderBase):
     """Chooses the decoder that the options ask for, as OpenNMT-py does for its own name ``rnn`` alone."""
 
     @classmethod
@@ -46,8 +46,11 @@ class StructuredRNNDecoder(DecoderBase):  # type: ignore[misc]
         return decoder
 
 
-class StructuredStdRNNDecoder(StdRNNDecoder):  # type: ignore[misc]
+class StructuredStdRNNDecoder(StdRNNDecoder):
     """``onmt.decoders.StdRNNDecoder`` whose embedding, LSTM, attention and output products skip dropped units."""
+
+    rnn: Any
+    dropout: Any
 
     def restructure(self, settings: Settings) -> None:
         """Replace the stock recurrent part and dropouts; parameters and their names stay."""
@@ -56,9 +59,7 @@ class StructuredStdRNNDecoder(StdRNNDecoder):  # type: ignore[misc]
         self.rnn = StructuredDropoutLSTM.from_lstm(
             self.rnn, mode=settings.mode, sampling=settings.sampling, site="decoder.rnn"
         )
-        self.dropout = StructuredDropout(
-            dropout, batch_first=True, sampling=settings.sampling, site="decoder.output"
-        )
+        self.dropout = StructuredDropout(dropout, batch_first=True, sampling=settings.sampling, site="decoder.output")
         structure_embeddings(self.embeddings, settings.sampling, "decoder.embeddings")
         for linear in self._attention_linears():
             StructuredLinear.adopt(linear)
@@ -79,8 +80,11 @@ class StructuredStdRNNDecoder(StdRNNDecoder):  # type: ignore[misc]
         update_embeddings(self.embeddings, dropout)
 
 
-class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):  # type: ignore[misc]
+class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
     """``onmt.decoders.InputFeedRNNDecoder``: the kept units of ``[emb_t, feed]`` are the union of both."""
+
+    rnn: Any
+    dropout: Any
 
     def restructure(self, settings: Settings) -> None:
         """Replace the stock recurrent part and dropouts; parameters and their names stay."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class StructuredRNNEncoder(RNNEncoder):  # type: ignore[misc]
+class StructuredRNNEncoder(RNNEncoder):
     """``onmt.encoders.RNNEncoder`` whose embedding, inter-layer, recurrent and output dropouts are structured.
 
     Parameter names, shapes, outputs and options are the stock encoder's; ``rnn_type`` is LSTM.
@@ -28,6 +28,8 @@ class StructuredRNNEncoder(RNNEncoder):  # type: ignore[misc]
         output_is_multiplied: the decoder multiplies the encoder's output by a weight and can skip there.
         *args, **kwargs: of ``RNNEncoder``.
     """
+
+    rnn: Any
 
     def __init__(self, settings: Settings, output_is_multiplied: bool, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -19,20 +19,20 @@ def options(**changes: Any) -> Namespace:
     from onmt.utils.parse import ArgumentParser
 
     opt = ArgumentParser.defaults(onmt.opts.model_opts)
-    values = dict(
-        encoder_type="sd_rnn",
-        decoder_type="sd_rnn",
-        rnn_type="LSTM",
-        layers=2,
-        hidden_size=HIDDEN,
-        word_vec_size=10,
-        dropout=[0.0],
-        optim="sgd",
-        update_vocab=False,
-        freeze_word_vecs_enc=False,
-        freeze_word_vecs_dec=False,
-        gpu_ranks=[],
-    )
+    values = {
+        "encoder_type": "sd_rnn",
+        "decoder_type": "sd_rnn",
+        "rnn_type": "LSTM",
+        "layers": 2,
+        "hidden_size": HIDDEN,
+        "word_vec_size": 10,
+        "dropout": [0.0],
+        "optim": "sgd",
+        "update_vocab": False,
+        "freeze_word_vecs_enc": False,
+        "freeze_word_vecs_dec": False,
+        "gpu_ranks": [],
+    }
     opt.__dict__.update({**values, **changes})
     ArgumentParser.update_model_opts(opt)
     ArgumentParser.validate_model_opts(opt)

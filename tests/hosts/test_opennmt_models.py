@@ -35,7 +35,10 @@ def use_own_kernels(model: torch.nn.Module) -> None:
 
 
 DECODERS = [
-    *({"input_feed": f, "global_attention": a} for f, a in itertools.product((0, 1), ("dot", "general", "mlp", "none"))),
+    *(
+        {"input_feed": f, "global_attention": a}
+        for f, a in itertools.product((0, 1), ("dot", "general", "mlp", "none"))
+    ),
     {"input_feed": 1, "coverage_attn": True},
     {"input_feed": 1, "copy_attn": True, "copy_attn_type": "dot"},
     {"input_feed": 1, "copy_attn": True, "reuse_copy_attn": True, "coverage_attn": True},
@@ -238,7 +241,13 @@ def test_disable_puts_the_host_back() -> None:
     from onmt.utils.parse import ArgumentParser
 
     patch.disable()
-    before = (dict(str2enc), dict(str2dec), dict(vars(ArgumentParser)), onmt.opts.model_opts, onmt.trainer.Trainer.train)
+    before = (
+        dict(str2enc),
+        dict(str2dec),
+        dict(vars(ArgumentParser)),
+        onmt.opts.model_opts,
+        onmt.trainer.Trainer.train,
+    )
     patch.enable(replace=True)
     patch.enable(replace=True)
     assert str2enc["rnn"] is not before[0]["rnn"]

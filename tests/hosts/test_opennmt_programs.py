@@ -112,7 +112,9 @@ def perplexities(log: str) -> list[float]:
     return [float(value) for value in re.findall(r"Validation perplexity: ([\d.]+)", log)]
 
 
-def translation(folder: Path, *models: str, extra: tuple[str, ...] = ("-beam_size", "5"), plugin: str | None = None) -> str:
+def translation(
+    folder: Path, *models: str, extra: tuple[str, ...] = ("-beam_size", "5"), plugin: str | None = None
+) -> str:
     """Translate eight sentences; the text."""
     output = f"out.{len(list(folder.glob('out.*')))}"
     program(
@@ -178,16 +180,37 @@ assert not [name for name in sys.modules if name.startswith("sd_plugin.") and no
 """
 
 
+def translate_alone(folder: Path, model: str) -> str:
+    """Translate eight sentences by OpenNMT-py in an interpreter that cannot import the plugin."""
+    arguments = ["-model", model, "-src", "few.de", "-output", "alone", "-beam_size", "5"]
+    environment = {**os.environ, "SD_PLUGIN": "0", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    subprocess.run(
+        [sys.executable, "-c", WITHOUT_PLUGIN, *arguments], cwd=folder, env=environment, check=True, timeout=120
+    )
+    return (folder / "alone").read_text()
+
+
+def test_to_stock_makes_a_checkpoint_for_opennmt_alone(trained: Path) -> None:
+    program("sd-plugin", "to-stock", "sd_step_60.pt", "plain.pt", folder=trained)
+    assert translate_alone(trained, "plain.pt") == translation(trained, "sd_step_60.pt")
+    written = (trained / "plain.pt").read_bytes()
+    (trained / "text.pt").write_text("no checkpoint")
+    for arguments, told in (
+        (("plain.pt", "again.pt"), "are OpenNMT-py's own already"),
+        (("sd_step_60.pt", "plain.pt"), "plain.pt exists; --force replaces it"),
+        (("gone.pt", "again.pt"), "no such file: gone.pt"),
+        (("text.pt", "again.pt"), "is not a checkpoint"),
+    ):
+        done = program("sd-plugin", "to-stock", *arguments, folder=trained, code=2)
+        assert told in done.stderr and done.stderr.count("\n") == 1
+    assert not (trained / "again.pt").exists() and (trained / "plain.pt").read_bytes() == written
+
+
 def test_an_override_checkpoint_translates_without_the_plugin(corpus: Path) -> None:
     log = train(corpus, "over", plugin="1", encoder_type="brnn", decoder_type="rnn")
     assert "sd-plugin: structured dropout report" in log
     with_plugin = translation(corpus, "over_step_60.pt", plugin="1")
-    arguments = ["-model", "over_step_60.pt", "-src", "few.de", "-output", "alone", "-beam_size", "5"]
-    environment = {**os.environ, "SD_PLUGIN": "0", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    subprocess.run(
-        [sys.executable, "-c", WITHOUT_PLUGIN, *arguments], cwd=corpus, env=environment, check=True, timeout=120
-    )
-    assert (corpus / "alone").read_text() == with_plugin
+    assert translate_alone(corpus, "over_step_60.pt") == with_plugin
 
 
 def test_a_stock_checkpoint_continues_with_structured_dropout(corpus: Path) -> None:
@@ -202,7 +225,9 @@ def test_the_module_launcher_needs_no_start_up_file(corpus: Path) -> None:
     """``python -m sd_plugin onmt_train`` where ``.pth`` files are not read (``-S`` hides site-packages)."""
     name = config(corpus, "m.yaml", save_model="m", train_steps=3, valid_steps=3)
     paths = os.pathsep.join(path for path in sys.path if path and path != str(Path(__file__).parent))
-    code = "import sys; sys.argv[1:1] = ['onmt_train']; import runpy; runpy.run_module('sd_plugin', run_name='__main__')"
+    code = (
+        "import sys; sys.argv[1:1] = ['onmt_train']; import runpy; runpy.run_module('sd_plugin', run_name='__main__')"
+    )
     finder = next(iter(Path(torch.__file__).parents[1].glob("__editable___sd_plugin*_finder.py")), None)
     if finder is not None:
         code = f"import {finder.stem}; {finder.stem}.install(); " + code

@@ -29,9 +29,7 @@ def clean_environ(**changes: str) -> dict[str, str]:
 
 
 def run_checked(*command: object, cwd: Path | None = None) -> None:
-    done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=clean_environ(), capture_output=True, text=True
-    )
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=clean_environ(), capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 

@@ -32,9 +32,7 @@ def build(hook: str, source: Path, target: Path) -> Path:
     """Calls a PEP 517 or 660 hook as pip does, and returns what it built."""
     target.mkdir(exist_ok=True)
     code = "import sys; from setuptools import build_meta; getattr(build_meta, sys.argv[1])(sys.argv[2])"
-    done = subprocess.run(
-        [sys.executable, "-c", code, hook, str(target)], cwd=source, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, hook, str(target)], cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (built,) = target.iterdir()
     return built

@@ -17,9 +17,7 @@ def launch(bare, target, tmp_path):
     folder.mkdir()
 
     def launch(*args, python_options=(), cwd=folder, **environ):
-        return bare.run(
-            *python_options, "-m", "sd_plugin", *args, cwd=cwd, PYTHONPATH=os.fspath(target), **environ
-        )
+        return bare.run(*python_options, "-m", "sd_plugin", *args, cwd=cwd, PYTHONPATH=os.fspath(target), **environ)
 
     launch.folder = folder
     return launch
