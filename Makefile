@@ -31,7 +31,7 @@ $(STAMP): pyproject.toml setup.py sd_plugin.pth sd_plugin.start constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[opennmt-unpinned,demo,plot,test]'
 	touch $@
 
-demo: $(STAMP)  ## Train and translate with and without the plugin, on a CPU, in minutes
+demo: $(STAMP)  ## Train a small translator with structured dropout on the CPU, in minutes
 	$(BIN)/python scripts/demo.py
 
 test: $(STAMP)  ## Run the tests (PYTEST_ARGS='-k name' selects some)

@@ -1,7 +1,8 @@
 """Sparse matrix products and LSTM layers that skip dropped units. Knows no host program and no ``nn.Module``.
 
 Functions dispatch to a backend by the operands' device; ``SD_PLUGIN_BACKEND`` forces one
-(see :mod:`sd_plugin.kernels.dispatch`). ``reference`` is the specification of them all.
+(see :mod:`sd_plugin.kernels.dispatch`). ``reference`` is the specification of them all. They are not differentiable
+by themselves: call them under ``torch.no_grad``, or use :mod:`sd_plugin.functional`.
 """
 
 from .dispatch import BACKENDS, BackendError, choose, fallbacks, forced, status

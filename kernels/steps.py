@@ -64,7 +64,8 @@ class Steps:
         """``[T, K]`` values of each step, shaped to broadcast over (or match) an activation of this layout."""
         if self.batch_sizes is None:
             return per_step.unsqueeze(1 - self.time_dim)
-        sizes = torch.tensor(self.batch_sizes, device=per_step.device)
+        # The dtype matters where there are no steps: torch would take an empty list for floats.
+        sizes = torch.tensor(self.batch_sizes, dtype=torch.long, device=per_step.device)
         return per_step.repeat_interleave(sizes, 0, output_size=sum(self.batch_sizes))
 
     def check(self, name: str, x: Tensor) -> None:

@@ -20,6 +20,7 @@ import functools
 import os
 import pickle
 import sys
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -98,7 +99,8 @@ def _register(replace: bool) -> None:
     from onmt.decoders import str2dec
     from onmt.encoders import str2enc
 
-    from sd_plugin.opennmt import StructuredRNNDecoder, StructuredRNNEncoder
+    from sd_plugin.opennmt.decoder import StructuredRNNDecoder
+    from sd_plugin.opennmt.encoder import StructuredRNNEncoder
 
     for name in ("sd_rnn", "sd_brnn", *(("rnn", "brnn") if replace else ())):
         _patcher.set_item(str2enc, name, StructuredRNNEncoder)
@@ -118,8 +120,12 @@ def _patch_options() -> None:
 
     def parse_known_args(self: Any, *args: Any, **kwargs: Any) -> Any:
         known, unknown = stock["parse_known_args"](self, *args, **kwargs)
-        options.check_unknown(unknown)
+        options.check_unknown(unknown, strict=self in strict_parsers)
         return known, unknown
+
+    def parse_args(self: Any, *args: Any, **kwargs: Any) -> Any:
+        strict_parsers.add(self)
+        return stock["parse_args"](self, *args, **kwargs)
 
     def validate_train_opts(cls: Any, opt: Any) -> None:
         stock["validate_train_opts"].__func__(cls, opt)
@@ -147,6 +153,9 @@ def _patch_options() -> None:
 
     stock: dict[str, Any] = {"model_opts": onmt.opts.model_opts}
     stock["parse_known_args"] = ArgumentParser.parse_known_args
+    stock["parse_args"] = ArgumentParser.parse_args
+    # Parsers whose program ends on any key that it does not know.
+    strict_parsers: weakref.WeakSet[Any] = weakref.WeakSet()
     names = (
         "validate_train_opts",
         "validate_translate_opts",
@@ -158,6 +167,7 @@ def _patch_options() -> None:
         stock[name] = next(vars(cls)[name] for cls in ArgumentParser.__mro__ if name in vars(cls))
     _patcher.set(onmt.opts, "model_opts", model_opts)
     _patcher.set(ArgumentParser, "parse_known_args", parse_known_args)
+    _patcher.set(ArgumentParser, "parse_args", parse_args)
     _patcher.set(ArgumentParser, "validate_train_opts", classmethod(validate_train_opts))
     _patcher.set(ArgumentParser, "validate_translate_opts", classmethod(validate_translate_opts))
     _patcher.set(ArgumentParser, "validate_model_opts", classmethod(validate_model_opts))
@@ -212,7 +222,7 @@ def _patch_model_builder() -> None:
     import onmt.modules
 
     from sd_plugin.linear import StructuredLinear
-    from sd_plugin.opennmt import StructuredInputFeedRNNDecoder, StructuredStdRNNDecoder
+    from sd_plugin.opennmt.decoder import StructuredInputFeedRNNDecoder, StructuredStdRNNDecoder
 
     stock = onmt.model_builder.build_base_model
 

@@ -3,6 +3,10 @@
 Imports OpenNMT-py; :mod:`sd_plugin.patches.opennmt` decides when.
 """
 
+# First: importing the host tells the start-up hook, whose patch imports the modules below while this package, but
+# none of them, is half initialised.
+import onmt  # noqa: F401
+
 from .decoder import StructuredInputFeedRNNDecoder, StructuredRNNDecoder, StructuredStdRNNDecoder
 from .encoder import StructuredRNNEncoder
 

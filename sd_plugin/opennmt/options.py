@@ -139,18 +139,21 @@ def resolve(opt: Namespace) -> Settings:
     return Settings(opt.sd_mode, opt.sd_sampling, recurrent, output)
 
 
-def check_unknown(arguments: list[str]) -> None:
-    """Refuse a misspelt ``sd_*`` key, which OpenNMT-py's training would silently ignore.
+def check_unknown(arguments: list[str], strict: bool) -> None:
+    """Refuse a misspelt ``sd_*`` key, which OpenNMT-py would silently ignore to train or to build a vocabulary.
 
     Args:
         arguments: what the parser did not know, as ``--key``, ``--key=value`` or a lone value.
+        strict: the program refuses any key it does not know (translation); training's own ones then too.
 
     Raises:
-        UsageError: one of them is an ``sd_*`` key.
+        UsageError: one of them is a misspelt ``sd_*`` key, or ``strict`` and one is any.
     """
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0]
         if not (argument.startswith("-") and name.startswith("sd_")):
+            continue
+        if name in OPTIONS and not strict:
             continue
         if name in OPTIONS:
             raise UsageError(f"{name} is not an option of this program: it is saved in the model; leave it out")

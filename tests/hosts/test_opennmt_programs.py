@@ -155,6 +155,16 @@ def test_resume_average_translate_release(trained: Path) -> None:
     translation(trained, "sd_step_60.pt", "more_step_90.pt")
 
 
+@pytest.mark.parametrize(
+    "first", ["onmt", "sd_plugin.opennmt", "sd_plugin.opennmt.decoder", "sd_plugin.opennmt.to_stock"]
+)
+def test_any_import_order_registers_the_types(first: str, tmp_path: Path) -> None:
+    code = f"import {first}; from onmt.encoders import str2enc; from onmt.decoders import str2dec; "
+    code += "assert 'sd_rnn' in str2dec and 'sd_brnn' in str2enc"
+    done = program("python", "-c", code, folder=tmp_path)
+    assert "sd-plugin" not in done.stderr
+
+
 def test_a_checkpoint_holds_nothing_of_the_plugin(trained: Path) -> None:
     raw = (trained / "sd_step_60.pt").read_bytes()
     assert b"sd_plugin" not in raw
@@ -278,6 +288,16 @@ def test_a_translation_config_with_training_keys_is_told_so(trained: Path) -> No
     (trained / "t.yaml").write_text("model: sd_step_60.pt\nsrc: few.de\noutput: none\nsd_mode: nr_st\n")
     done = program("onmt_translate", "-config", "t.yaml", folder=trained, code=2)
     assert "sd_mode is not an option of this program" in done.stderr
+
+
+def test_the_vocabulary_is_built_from_the_same_configuration(corpus: Path) -> None:
+    files = {"src_vocab": "v2.de", "tgt_vocab": "v2.en"}
+    name = config(corpus, "v.yaml", sd_mode="nr_st", **files)
+    program("onmt_build_vocab", "-config", name, "-n_sample", "100", folder=corpus)
+    assert (corpus / "v2.de").exists()
+    name = config(corpus, "v.yaml", sd_mod="nr_st", **files)
+    done = program("onmt_build_vocab", "-config", name, "-n_sample", "100", "-overwrite", folder=corpus, code=2)
+    assert "unknown option sd_mod; did you mean sd_mode?" in done.stderr
 
 
 def test_an_unknown_switch_is_one_warning(corpus: Path) -> None:

@@ -1,0 +1,401 @@
+"""Files that either arrive whole and verified or not at all: fetching, unpacking, checking, publishing.
+
+Everything is written below hidden working folders beside the destination (``.NAME.download`` and
+``.NAME.staging``), flushed to the disk, and renamed when it is complete. Whatever interrupts a run leaves
+those folders at most: partly fetched files are continued, a half assembled folder is thrown away.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import http.client
+import json
+import lzma
+import os
+import shutil
+import ssl
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+from corpora import Corpus, File, Origin
+
+#: Bytes read at a time.
+CHUNK = 1 << 18
+#: Seconds without a byte after which a connection counts as broken.
+TIMEOUT = 30
+#: How many broken connections in a row, without a byte gained, make a download fail.
+PATIENCE = 3
+#: Name of the list of files, sizes and digests in a prepared folder.
+MANIFEST = "manifest.json"
+
+#: Called with the number of bytes that are done.
+Progress = Callable[[int], None]
+
+
+class DataError(Exception):
+    """What went wrong, in one line for the user."""
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in lower-case hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file or folder to the disk, so that no later rename overtakes its bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold ``folder`` against other runs, which share its working folders. If killed, the system lets go.
+
+    Args:
+        folder: an existing folder.
+        on_wait: called once if another run holds it, before waiting for that run to end.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            on_wait()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# ----------------------------------------------------------------------------------------------- fetching
+
+
+def _receive(url: str, part: Path, size: int, progress: Progress) -> None:
+    """Ask the server for what ``part`` still lacks and append it; start anew if it only sends whole files.
+
+    Raises:
+        DataError: the server answers with a file of another size, or refuses.
+        OSError, http.client.HTTPException: the connection broke; what came is in ``part``.
+    """
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+            have = 0
+        announced = response.headers.get("Content-Length")
+        if announced is not None and have + int(announced) != size:
+            raise DataError(f"{url}: the server has {have + int(announced)} bytes, not the expected {size}")
+        with part.open("r+b" if have else "wb") as file:
+            file.seek(have)
+            while have <= size and (chunk := response.read(CHUNK)):
+                file.write(chunk)
+                have += len(chunk)
+                progress(have)
+
+
+def _fetch_part(url: str, part: Path, size: int, progress: Progress) -> None:
+    """Fill ``part`` up to ``size`` bytes, going on after broken connections while each gains something."""
+    fruitless = 0
+    while (have := part.stat().st_size if part.exists() else 0) < size:
+        reason = "the connection ended early"
+        try:
+            _receive(url, part, size, progress)
+        except urllib.error.HTTPError as error:
+            raise DataError(f"{url}: {error.code} {error.reason}") from error
+        except urllib.error.URLError as error:
+            reason = str(error.reason)
+        except (http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError) as error:
+            reason = str(error) or type(error).__name__
+        gained = (part.stat().st_size if part.exists() else 0) > have
+        fruitless = 0 if gained else fruitless + 1
+        if fruitless == PATIENCE:
+            raise DataError(f"{url}: {reason} (tried {PATIENCE} times; run again to continue)")
+
+
+def fetch(url: str, target: Path, size: int, sha256: str, progress: Progress) -> None:
+    """Fetch a file, continuing an interrupted attempt, and put it at ``target`` once it is verified.
+
+    Args:
+        url: http or https address.
+        target: where to put it; while incomplete it is ``target`` + ".part" beside it.
+        size: expected size in bytes.
+        sha256: expected digest in lower-case hexadecimal.
+        progress: told how many bytes are there.
+
+    Raises:
+        DataError: unreachable, or other bytes than expected; then nothing is kept of them.
+        OSError: the file cannot be written.
+    """
+    if target.exists() and target.stat().st_size == size and sha256_of(target) == sha256:
+        progress(size)
+        return
+    part = target.with_name(target.name + ".part")
+    continued = part.exists()
+    _fetch_part(url, part, size, progress)
+    if part.stat().st_size == size and sha256_of(part) == sha256:
+        sync(part)
+        part.replace(target)
+        return
+    found = sha256_of(part)
+    part.unlink()
+    if continued:
+        # The bytes of the earlier attempt may be at fault, not the server's.
+        fetch(url, target, size, sha256, progress)
+        return
+    raise DataError(f"{url}: wrong digest: SHA-256 {found} instead of {sha256}")
+
+
+def address(origin: Origin, mirror: str | None) -> str:
+    """Where to fetch a file: at its origin, or under the same name at a mirror."""
+    url = f"{mirror.rstrip('/')}/{origin.name}" if mirror else origin.url
+    if not url.startswith(("http://", "https://")):
+        raise DataError(f"{url}: the address of a mirror starts with http:// or https://")
+    return url
+
+
+# ---------------------------------------------------------------------------------------------- unpacking
+
+
+def _candidates(corpus: Corpus, file: File) -> tuple[str, ...]:
+    """Names under which a file may be found below a folder or an archive."""
+    names = [file.member] if file.origin is None else [file.member, file.origin.name]
+    return tuple(dict.fromkeys(name for stem in names for name in (f"{corpus.name}/{stem}", stem)))
+
+
+def unpack(archive: Path, corpus: Corpus, folder: Path) -> None:
+    """Unpack from a tar archive the files that belong to ``corpus``, and no other.
+
+    Args:
+        archive: a tar file, plain or compressed with xz, gzip or bzip2.
+        corpus: says which members are wanted.
+        folder: an empty folder that receives them.
+
+    Raises:
+        DataError: damaged, no archive, or with members that point out of the folder.
+    """
+    wanted = {name for file in (*corpus.files, *corpus.undigested) for name in _candidates(corpus, file)}
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                safe = tarfile.data_filter(member, str(folder))
+                if str(PurePosixPath(safe.name)) in wanted and safe.isreg():
+                    tar.extract(member, folder, filter="data")
+    except tarfile.FilterError as error:
+        raise DataError(f"{archive}: refused, not a safe archive: {error}") from error
+    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
+        # tarfile lists on further lines what each kind of compression had to say.
+        reason = str(error).partition("\n")[0].rstrip(":")
+        raise DataError(f"{archive}: damaged or truncated archive: {reason}") from error
+
+
+def locate(source: Path, corpus: Corpus, scratch: Path) -> Path:
+    """The folder with a corpus's raw files, unpacking an archive if ``source`` is or holds one.
+
+    Args:
+        source: an archive; or a folder with ``NAME.tar.xz`` (or .tar.gz, .tgz, .tar), or with the raw files.
+        corpus: what is looked for.
+        scratch: an empty folder for what is unpacked.
+
+    Raises:
+        DataError: ``source`` does not exist, or the archive is unusable.
+    """
+    if not source.exists():
+        raise DataError(f"--from {source}: no such file or folder")
+    if source.is_file():
+        unpack(source, corpus, scratch)
+        return scratch
+    for ending in (".tar.xz", ".tar.gz", ".tgz", ".tar"):
+        archive = source / (corpus.name + ending)
+        if archive.is_file():
+            unpack(archive, corpus, scratch)
+            return scratch
+    return source
+
+
+def choose(root: Path, corpus: Corpus, accept_undigested: bool) -> list[tuple[File, Path]]:
+    """Pair every file of a corpus with a raw file below ``root``.
+
+    Args:
+        root: a folder with the raw files, at the top or below ``NAME/``.
+        corpus: what is looked for.
+        accept_undigested: take the files of which no verified digest is known instead of those that have one.
+
+    Raises:
+        DataError: a file is missing.
+    """
+    replaced = {file.output: file for file in corpus.undigested} if accept_undigested else {}
+    found = []
+    for file in corpus.files:
+        file = replaced.get(file.output, file)
+        paths = [root / name for name in _candidates(corpus, file)]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            hint = f"; {corpus.note}" if corpus.note else ""
+            raise DataError(f"{corpus.name}: no file {file.member} in {root}{hint}")
+        found.append((file, path))
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- checking
+
+
+def count_lines(path: Path) -> int:
+    """Number of line ends, as ``wc -l`` counts."""
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(CHUNK), b""))
+
+
+def place(file: File, path: Path, target: Path) -> None:
+    """Copy a raw file to its place after checking its bytes.
+
+    Args:
+        file: what it must be: the prepared file, or what the origin serves.
+        path: the raw file.
+        target: where the prepared file goes.
+
+    Raises:
+        DataError: it is neither of the two; or, without a known digest, it has too few or too many lines.
+    """
+    shutil.copyfile(path, target)
+    if file.sha256 is None:
+        if count_lines(target) != file.lines:
+            raise DataError(f"{path}: {count_lines(target):,} lines instead of {file.lines:,}")
+        return
+    found = sha256_of(target)
+    origin = file.origin
+    if origin and found == origin.sha256 and found != file.sha256:
+        with target.open("ab") as out:
+            out.write(origin.completed_by)
+        found = sha256_of(target) if origin.completed_by else file.sha256
+    if found != file.sha256:
+        raise DataError(f"{path}: wrong digest: SHA-256 {found} instead of {file.sha256}")
+
+
+def check_parallel(folder: Path, languages: tuple[str, str]) -> None:
+    """See that train, valid and test have as many lines in one language as in the other.
+
+    Raises:
+        DataError: naming both files and their numbers of lines.
+    """
+    for part in ("train", "valid", "test"):
+        counts = [count_lines(folder / f"{part}.{language}") for language in languages]
+        if counts[0] != counts[1]:
+            names = " and ".join(f"{part}.{language}" for language in languages)
+            raise DataError(f"{folder.name}: {names} differ in length: {counts[0]:,} and {counts[1]:,} lines")
+
+
+def squeeze_spaces(folder: Path, languages: tuple[str, str]) -> int:
+    """Leave single spaces between words and none around a line.
+
+    OpenNMT-py cuts at each space, and cannot read a vocabulary with the empty word that two in a row make
+    (Multi30k has one such line).
+
+    Returns:
+        How many lines were changed.
+    """
+    changed = 0
+    for name in (f"{part}.{language}" for part in ("train", "valid", "test") for language in languages):
+        before = (folder / name).read_bytes().split(b"\n")
+        after = [b" ".join(filter(None, line.split(b" "))) for line in before]
+        if after != before:
+            changed += sum(old != new for old, new in zip(before, after, strict=True))
+            (folder / name).write_bytes(b"\n".join(after))
+    return changed
+
+
+def drop_blank_pairs(folder: Path, languages: tuple[str, str]) -> int:
+    """Remove from the training text the pairs with a blank side: there is nothing to learn from them.
+
+    Returns:
+        How many pairs were removed.
+    """
+    paths = [folder / f"train.{language}" for language in languages]
+    sides = [path.read_bytes().split(b"\n")[:-1] for path in paths]
+    kept = [pair for pair in zip(*sides, strict=True) if all(line.strip() for line in pair)]
+    if len(kept) < len(sides[0]):
+        for path, side in zip(paths, zip(*kept, strict=True), strict=True):
+            path.write_bytes(b"\n".join(side) + b"\n")
+    return len(sides[0]) - len(kept)
+
+
+# --------------------------------------------------------------------------------------------- publishing
+
+
+def write_manifest(folder: Path, recipe: dict[str, object]) -> None:
+    """Write the list of a prepared folder's files, sizes, digests and lines.
+
+    Args:
+        folder: the folder, otherwise complete.
+        recipe: what determines its contents besides the files, such as the seed of a made corpus.
+    """
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = {
+            "size": path.stat().st_size,
+            "sha256": sha256_of(path),
+            "lines": count_lines(path),
+        }
+    text = json.dumps({"recipe": recipe, "files": files}, indent=2, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def verify_prepared(folder: Path, recipe: dict[str, object]) -> None:
+    """See that a prepared folder is what an earlier run left there, made by the same recipe.
+
+    Raises:
+        DataError: naming the first difference. Files that the manifest does not list are nobody's business.
+    """
+    remedy = "--force replaces it"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files, made_by = dict(manifest["files"]), dict(manifest["recipe"])
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DataError(f"{folder} exists but this script did not make it; {remedy}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder / MANIFEST} is damaged; {remedy}") from error
+    if made_by != recipe:
+        given = [", ".join(f"{key} {value}" for key, value in r.items()) for r in (made_by, recipe)]
+        raise DataError(f"{folder} was made with other options ({given[0]}, not {given[1]}); {remedy}")
+    for name, facts in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{folder} lacks {name}; {remedy}")
+        if path.stat().st_size != facts["size"] or sha256_of(path) != facts["sha256"]:
+            raise DataError(f"{path} was changed since it was prepared; {remedy}")
+
+
+def recover(final: Path) -> None:
+    """Bring back the folder that :func:`publish` had set aside when it was killed between its two renames."""
+    aside = final.with_name(f".{final.name}.replaced")
+    if aside.exists():
+        if final.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(final)
+
+
+def publish(stage: Path, final: Path) -> None:
+    """Give a complete folder its name, replacing what has that name, once everything is on the disk."""
+    for path in stage.iterdir():
+        sync(path)
+    sync(stage)
+    aside = final.with_name(f".{final.name}.replaced")
+    if final.exists():
+        final.rename(aside)
+    stage.rename(final)
+    sync(final.parent)
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    elif aside.exists():
+        aside.unlink()
