@@ -188,7 +188,9 @@ def _check_model_file(path: str) -> None:
     if not os.path.isfile(path):
         raise MissingDataFileError(f"model: no such file: {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # As the host will load it: this torch's default, which older versions cannot be told to trust options with.
+        strict = hasattr(torch.serialization, "add_safe_globals")
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=strict)
     except (RuntimeError, pickle.UnpicklingError):
         # Not in the format that can be mapped, or not a checkpoint: the host's own loading will tell.
         return

@@ -7,6 +7,7 @@ a ``view`` that keeps the rows in order, and not trusted once the tensor was mod
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -89,8 +90,9 @@ class Hint:
         return self.steps == steps and self.shape == tensor.shape
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        # A copy or a checkpoint of the tensor has no hint, and nothing of this package is needed to load it.
-        return set, ()
+        # A copy or a checkpoint of the tensor has no hint, and nothing of this package is needed to load it. Every
+        # version of torch's weights-only loader knows this type.
+        return OrderedDict, ()
 
     def use(self) -> Kept:
         """The kept units, for a product."""
