@@ -47,7 +47,7 @@ class Run:
             raise ValueError(f"{path.name} is not the log of a finished training")
         valid = [float(value) for value in re.findall(r"Validation perplexity: ([\d.]+)", text)]
         skipped = re.search(r"multiply-adds of these products skipped \(([\d.]+%)\)", text)
-        lost = re.findall(r"^  \S+ +\d+ +[\d.]+% +(?:[\d.]+%|-) +(\d+)$", text, re.MULTILINE)
+        lost = re.findall(r"^  \S+ +\d+ +[\d.]+% +(?:[\d.]+%|-) +\d+ +(\d+)$", text, re.MULTILINE)
         train = (float(steps[0][2]), float(steps[-1][2]))
         told = str(sum(map(int, lost))) if skipped else "-"
         return cls(path.stem, int(steps[-1][0]), train, valid, skipped[1] if skipped else "-", told)

@@ -69,7 +69,7 @@ def _load(name: str) -> tuple[Backend | None, str | None]:
         return None, "this version of sd-plugin does not include it"
     try:
         backend: Any = importlib.import_module(package)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return None, f"it failed to import ({error})"
     reason = backend.reason_unavailable()
     return (None, reason) if reason else (backend, None)
@@ -94,8 +94,11 @@ def forced() -> str | None:
     return name
 
 
-def choose(operation: str, device: torch.device, dtype: torch.dtype) -> Backend:
+def choose(operation: str, device: torch.device, dtype: torch.dtype, counted: bool = True) -> Backend:
     """The backend for ``operation`` on operands of this device and dtype.
+
+    Args:
+        counted: a preferred backend that is passed over counts as a fallback; False only to ask.
 
     Raises:
         BackendError: the backend forced by ``SD_PLUGIN_BACKEND`` is unknown, unavailable or cannot do it.
@@ -120,5 +123,6 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype) -> Backend:
         reason = backend.reason_unsupported(operation, device, dtype)
         if reason is None:
             return backend
-        fallbacks[operation, candidate, reason] += 1
+        if counted:
+            fallbacks[operation, candidate, reason] += 1
     raise BackendError(f"no backend can do {operation} on {device.type} {dtype}")

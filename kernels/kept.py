@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+# eq=False: tensors have no truth value, and identity is what a comparison of patterns means.
+@dataclass(frozen=True, eq=False)
 class Kept:
     """Units that survive a structured dropout, per time step (the paper, Fig. 1, Cases III and IV).
 

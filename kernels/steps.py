@@ -64,9 +64,9 @@ class Steps:
         """``[T, K]`` values of each step, shaped to broadcast over (or match) an activation of this layout."""
         if self.batch_sizes is None:
             return per_step.unsqueeze(1 - self.time_dim)
-        # The dtype matters where there are no steps: torch would take an empty list for floats.
-        sizes = torch.tensor(self.batch_sizes, dtype=torch.long, device=per_step.device)
-        return per_step.repeat_interleave(sizes, 0, output_size=sum(self.batch_sizes))
+        # Not repeat_interleave: its counts would have to be copied to the device first.
+        rows = [per_step[t : t + 1].expand(n, -1) for t, n in enumerate(self.batch_sizes)]
+        return torch.cat(rows) if rows else per_step
 
     def check(self, name: str, x: Tensor) -> None:
         """Raise ValueError unless ``x`` has this layout's dimensions and rows; ``name`` is told to the caller."""

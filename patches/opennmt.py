@@ -8,8 +8,8 @@ What is hooked, and why, by module of the host:
 | ``onmt.opts.model_opts`` | the ``sd_*`` options, saved in checkpoints |
 | ``onmt.utils.parse.ArgumentParser`` | checks of those options and of checkpoints; a missing file is named |
 | ``onmt.model_builder.build_base_model`` | the generator uses hints |
-| ``onmt.trainer.Trainer.train`` | the report, at the end of the log |
-| ``onmt.bin.*.main`` | a mistake of the user's is one line, not a traceback |
+| ``onmt.trainer.Trainer.train`` | the dropout due at a resumed step; the report, at the end of the log |
+| ``onmt.bin.*`` | a mistake of the user's is one line, not a traceback; models are checked before output is written |
 | ``torch.serialization`` | ``argparse.Namespace`` may be loaded, or torch >= 2.6 refuses every checkpoint |
 """
 
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import pickle
 import sys
 import weakref
 from collections.abc import Callable
@@ -70,16 +69,25 @@ def enable(replace: bool = True, mode: str | None = None) -> None:
     from sd_plugin.opennmt import options
 
     disable()
-    options.replacement.active, options.replacement.mode = replace, mode
-    _allow_loading_options()
-    _register(replace)
-    _patch_options()
-    _patch_model_builder()
-    _patch_trainer()
+    try:
+        options.replacement.active, options.replacement.mode = replace, mode
+        _allow_loading_options()
+        _register(replace)
+        _patch_options()
+        _patch_model_builder()
+        _patch_trainer()
+    except BaseException:
+        # Never a half patch.
+        disable()
+        raise
 
 
 def disable() -> None:
-    """Put back everything ``enable`` has changed; models that are built already stay as they are."""
+    """Put the host's classes and functions back.
+
+    Models that are built already stay as they are, and so do the one-line messages of the host's programs and torch's
+    permission to load the host's options.
+    """
     _patcher.undo()
     options = sys.modules.get("sd_plugin.opennmt.options")
     if options is not None:
@@ -131,11 +139,6 @@ def _patch_options() -> None:
         stock["validate_train_opts"].__func__(cls, opt)
         _check_training(opt)
 
-    def validate_translate_opts(cls: Any, opt: Any) -> None:
-        stock["validate_translate_opts"].__func__(cls, opt)
-        for path in opt.models:
-            _check_model_file(path)
-
     def validate_model_opts(cls: Any, opt: Any) -> None:
         stock["validate_model_opts"].__func__(cls, opt)
         if options.uses_plugin(opt):
@@ -156,65 +159,70 @@ def _patch_options() -> None:
     stock["parse_args"] = ArgumentParser.parse_args
     # Parsers whose program ends on any key that it does not know.
     strict_parsers: weakref.WeakSet[Any] = weakref.WeakSet()
-    names = (
-        "validate_train_opts",
-        "validate_translate_opts",
-        "validate_model_opts",
-        "ckpt_model_opts",
-        "_validate_file",
-    )
-    for name in names:
+    for name in ("validate_train_opts", "validate_model_opts", "ckpt_model_opts", "_validate_file"):
         stock[name] = next(vars(cls)[name] for cls in ArgumentParser.__mro__ if name in vars(cls))
     _patcher.set(onmt.opts, "model_opts", model_opts)
     _patcher.set(ArgumentParser, "parse_known_args", parse_known_args)
     _patcher.set(ArgumentParser, "parse_args", parse_args)
     _patcher.set(ArgumentParser, "validate_train_opts", classmethod(validate_train_opts))
-    _patcher.set(ArgumentParser, "validate_translate_opts", classmethod(validate_translate_opts))
     _patcher.set(ArgumentParser, "validate_model_opts", classmethod(validate_model_opts))
     _patcher.set(ArgumentParser, "ckpt_model_opts", classmethod(ckpt_model_opts))
     _patcher.set(ArgumentParser, "_validate_file", staticmethod(validate_file))
 
 
-def _check_model_file(path: str) -> None:
-    """Refuse a newer plugin's checkpoint before the host empties the output file of a translation.
+def _stored_options(path: str, what: str) -> argparse.Namespace:
+    """The options in a checkpoint, looked up before the host reads or writes anything; the tensors stay on disk.
 
     Raises:
-        UsageError: there is no such file, or it was written by a newer plugin.
+        UsageError: there is no such file, it is no checkpoint, or it was written by a newer plugin.
     """
     import torch
 
     from sd_plugin.opennmt import options
 
     if not os.path.isfile(path):
-        raise MissingDataFileError(f"model: no such file: {path}")
+        raise MissingDataFileError(f"{what}: no such file: {path}")
+    # As the host will load it: this torch's default, which older versions cannot be told to trust options with.
+    strict = hasattr(torch.serialization, "add_safe_globals")
     try:
-        # As the host will load it: this torch's default, which older versions cannot be told to trust options with.
-        strict = hasattr(torch.serialization, "add_safe_globals")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=strict)
-    except (RuntimeError, pickle.UnpicklingError):
-        # Not in the format that can be mapped, or not a checkpoint: the host's own loading will tell.
-        return
-    options.check_checkpoint(checkpoint["opt"])
+        stored = checkpoint["opt"]
+    except Exception as error:
+        raise UsageError(f"{what}: {path} is not a checkpoint of OpenNMT-py ({type(error).__name__})") from error
+    if not isinstance(stored, argparse.Namespace):
+        raise UsageError(f"{what}: {path} is not a checkpoint of OpenNMT-py")
+    options.check_checkpoint(stored)
+    return stored
 
 
 def _check_training(opt: Any) -> None:
     """Refuse or warn before anything is read or written."""
     from onmt.utils.logging import logger
 
-    from sd_plugin import kernels
     from sd_plugin.opennmt import options
 
-    if not options.uses_plugin(opt):
-        if getattr(opt, "sd_mode", None) not in (None, "random"):
-            logger.warning(
-                f"sd-plugin: sd_mode {opt.sd_mode} has no effect: encoder_type is {opt.encoder_type} and decoder_type "
-                f"{opt.decoder_type}; use sd_rnn or sd_brnn, or set SD_PLUGIN=1"
-            )
-        return
+    if opt.train_from:
+        stored = _stored_options(opt.train_from, "train_from")
+        warning = None if opt.override_opts else options.check_resumed(opt, stored)
+        if warning:
+            logger.warning(f"sd-plugin: {warning}")
+    given = [name for name in options.OPTIONS if getattr(opt, name, None) is not None]
+    if options.uses_plugin(opt):
+        _check_backend(opt)
+    elif given and not opt.train_from:
+        logger.warning(
+            f"sd-plugin: {', '.join(given)} without effect: encoder_type is {opt.encoder_type} and decoder_type "
+            f"{opt.decoder_type}; use sd_rnn or sd_brnn, or set SD_PLUGIN=1"
+        )
+
+
+def _check_backend(opt: Any) -> None:
     import torch
 
+    from sd_plugin import kernels
+
     try:
-        kernels.choose("lstm", torch.device("cuda" if opt.gpu_ranks else "cpu"), torch.float32)
+        kernels.choose("lstm", torch.device("cuda" if opt.gpu_ranks else "cpu"), torch.float32, counted=False)
     except kernels.BackendError as error:
         raise UsageError(str(error)) from None
 
@@ -251,6 +259,7 @@ def _patch_trainer() -> None:
 
     @functools.wraps(stock)
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _catch_up_dropout(self)
         result = stock(self, *args, **kwargs)
         if stats.sites():
             logger.info(stats.report())
@@ -259,11 +268,38 @@ def _patch_trainer() -> None:
     _patcher.set(Trainer, "train", train)
 
 
+def _catch_up_dropout(trainer: Any) -> None:
+    """Give a resumed model the dropout of its schedule: the host only applies a change at the very step it is due."""
+    from sd_plugin.opennmt import StructuredInputFeedRNNDecoder, StructuredRNNEncoder, StructuredStdRNNDecoder
+
+    ours = (StructuredRNNEncoder, StructuredInputFeedRNNDecoder, StructuredStdRNNDecoder)
+    if not any(isinstance(module, ours) for module in trainer.model.modules()):
+        return
+    due = [i for i, start in enumerate(trainer.dropout_steps) if start < trainer.optim.training_step]
+    if due:
+        trainer.model.update_dropout(trainer.dropout[due[-1]], trainer.attention_dropout[due[-1]])
+
+
+def _check_models_first(program: ModuleType) -> None:
+    """Let onmt_translate look at its models before it empties the output file of a former translation."""
+    stock = program.translate
+
+    @functools.wraps(stock)
+    def translate(opt: Any) -> Any:
+        for path in opt.models:
+            _stored_options(path, "model")
+        return stock(opt)
+
+    program.translate = translate  # type: ignore[attr-defined]
+
+
 def _tell_mistakes_in_one_line(program: ModuleType) -> None:
     """Let a console script end with one line and exit code 2 where this plugin refuses the user's input."""
     stock: Callable[[], Any] = program.main
     if getattr(stock, "_sd_plugin", False):
         return
+    if program.__name__ == "onmt.bin.translate":
+        _check_models_first(program)
 
     @functools.wraps(stock)
     def main() -> Any:

@@ -70,6 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_program(args: list[str]) -> int:
     program, rest = args[0], args[1:]
+    if importlib.util.find_spec("sd_plugin.patches") is None:
+        # The folder of that name in a clone lies in front of an installed package when it is the working directory.
+        folder = os.path.dirname(os.path.abspath(__file__))
+        raise UsageError(f"{folder} is source code, not an installed sd-plugin: pip install it, or run elsewhere")
     _autoload.install()
     if program == "-m":
         if not rest:

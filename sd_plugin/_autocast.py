@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,4 +40,5 @@ def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
     """A context in which products run in their operands' own dtype, forward or backward."""
-    return torch.autocast(device_type, enabled=False)
+    # Not every device type has an autocast to switch off.
+    return nullcontext() if autocast_dtype(device_type) is None else torch.autocast(device_type, enabled=False)

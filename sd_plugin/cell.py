@@ -33,6 +33,7 @@ class StackedStructuredLSTM(nn.Module):
         output_dropout: probability for the last layer's output.
         mode, sampling: as :class:`~sd_plugin.StructuredDropoutLSTM`.
         site: prefix of its sites in the report.
+        layers: the ``nn.LSTMCell`` to use; new ones when None.
 
     Shape:
         input ``[B, input_size]``, states ``[num_layers, B, H]``, output ``[B, H]``.
@@ -52,6 +53,7 @@ class StackedStructuredLSTM(nn.Module):
         mode: str = "nr_rh_st",
         sampling: str = "exact",
         site: str = "cell",
+        layers: nn.ModuleList | None = None,
     ) -> None:
         super().__init__()
         self.mode = check_mode(mode)
@@ -64,7 +66,7 @@ class StackedStructuredLSTM(nn.Module):
         self.sampling = check_sampling(sampling)
         self.site = site
         self.dropout = StructuredDropout(dropout, self.case, sampling=sampling, site=f"{site}.between")
-        self.layers = nn.ModuleList(
+        self.layers = layers or nn.ModuleList(
             nn.LSTMCell(input_size if layer == 0 else hidden_size, hidden_size) for layer in range(num_layers)
         )
 

@@ -12,13 +12,14 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def convert(model: Model, **options: Any) -> Model:
-    """Replace each ``nn.LSTM`` inside ``model``, in place, by a :class:`StructuredDropoutLSTM` on its parameters.
+    """Make each ``nn.LSTM`` inside ``model`` a :class:`StructuredDropoutLSTM`, in place.
 
-    Optimizers, checkpoints and hooks stay valid: parameters are the same objects under the same names. Subclasses of
-    ``nn.LSTM`` are left alone, since their ``forward`` may mean something else.
+    The objects stay the same ones, so optimizers, checkpoints, hooks and other references to them stay valid.
+    Subclasses of ``nn.LSTM`` are left alone, since their ``forward`` may mean something else. An LSTM that was
+    converted before is configured anew.
 
     Args:
-        model: any module; if it is itself an ``nn.LSTM``, use the returned module in its stead.
+        model: any module, or an ``nn.LSTM`` itself.
         **options: ``recurrent_dropout``, ``input_dropout``, ``output_dropout``, ``mode``, ``locked``, ``sampling``,
             ``native`` as of :class:`StructuredDropoutLSTM`, the same for every LSTM. Sites in the report are the
             modules' names.
@@ -27,19 +28,16 @@ def convert(model: Model, **options: Any) -> Model:
         ``model``.
 
     Raises:
-        ValueError: ``model`` holds no ``nn.LSTM``, or an option is out of range (nothing is replaced then).
-        NotImplementedError: an LSTM has projections (nothing is replaced then).
+        ValueError: ``model`` holds no ``nn.LSTM``, or an option is out of range. TypeError: an option is unknown.
+        NotImplementedError: an LSTM has projections. Nothing is converted then.
     """
-    found = {name: module for name, module in model.named_modules() if type(module) is nn.LSTM}
+    kinds = (nn.LSTM, StructuredDropoutLSTM)
+    found = {name: module for name, module in model.named_modules() if type(module) in kinds}
     if not found:
         raise ValueError(f"{type(model).__name__} holds no nn.LSTM to convert")
-    made = {
-        id(lstm): StructuredDropoutLSTM.from_lstm(lstm, **{"site": name or "lstm", **options})
-        for name, lstm in found.items()
-    }
-    for parent in list(model.modules()):
-        # Not named_children(), which leaves out the second name of a child that has two.
-        for name, child in list(parent._modules.items()):
-            if id(child) in made:
-                setattr(parent, name, made[id(child)])
-    return made.get(id(model), model)  # type: ignore[return-value]
+    sited = {name: {"site": name or "lstm", **options} for name in found}
+    for name, lstm in found.items():
+        StructuredDropoutLSTM.from_lstm(lstm, **sited[name])
+    for name, lstm in found.items():
+        StructuredDropoutLSTM.adopt(lstm, **sited[name])
+    return model

@@ -1,10 +1,12 @@
 """Differentiable structured dropout and the products that skip what it dropped.
 
-Gradients are once differentiable: a double backward raises torch's own error.
+Gradients are once differentiable: ``create_graph=True`` through them is an error.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,27 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's ``once_differentiable``, which also refuses where torch would silently treat a gradient as constant."""
+    checked = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def refuse_graph(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("products that skip dropped units have no double backward (create_graph=True)")
+        return checked(ctx, *gradients)
+
+    return refuse_graph
+
+
 def dropout(x: Tensor, p: float, case: Case | str, steps: Steps, *, sampling: str = "exact", site: str) -> Tensor:
     """Drop units of ``x`` by a case of the paper's Fig. 1, scaling the survivors.
 
     Args:
         x: ``[T, B, K]``, ``[B, T, K]`` or packed ``[R, K]``, as ``steps`` says.
         p: probability that a unit is dropped, in [0, 1); 0 returns ``x`` itself.
+        case: ``"I"`` to ``"IV"``; steps: which rows of ``x`` belong to which time step.
+        sampling: of the structured cases; see :func:`sd_plugin.patterns.draw_kept`.
         site: name of this place in the report.
 
     Returns:
@@ -106,12 +123,12 @@ class _Linear(torch.autograd.Function):
                 y += bias
         ctx.save_for_backward(x, weight_t)
         ctx.operand, ctx.steps = operand, steps
-        ctx.backend = kernels.choose("gemm_fp", x.device, x.dtype).NAME
+        ctx.backend = kernels.choose("gemm_fp", x.device, x.dtype, counted=False).NAME
         operand.count(x[..., 0].numel(), weight.shape[0], ctx.backend, 1)
         return y
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_t = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -134,6 +151,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Returns:
         ``[..., N]``.
+
+    Raises:
+        ValueError: shapes disagree. TypeError: dtypes or devices disagree.
     """
     hint = hints.lookup(x)
     if hint is None:
@@ -193,7 +213,7 @@ class _LSTMLayer(torch.autograd.Function):
         return y, h_n, c_n
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         call: LayerCall = ctx.call
@@ -232,6 +252,9 @@ def lstm_layer(
 
     Returns:
         ``y`` (rows of ``x``, ``H`` columns), ``h_n`` and ``c_n`` ``[B, H]``.
+
+    Raises:
+        ValueError: shapes, steps or sizes disagree. TypeError: dtypes or devices disagree.
     """
     x, *rest = cast_for_autocast(x, *state, *parameters)  # type: ignore[assignment]
     if isinstance(call.recurrent.pattern, torch.Tensor):

@@ -2,7 +2,12 @@
 
 A structured dropout returns an ordinary dense tensor; the hint is an attribute on it. It is an optimisation, never
 a meaning: without it the product is dense and the result the same. It is found again through ``tensor._base`` after
-a ``view`` that keeps the rows in order, and not trusted once the tensor was modified in place (``_version``).
+a ``view`` that keeps the rows in order, and not trusted once the tensor was modified in place (``_version``) or given
+other memory.
+
+Two things torch does not tell: a write through ``tensor.data`` (``x.data.mul_(2)``), after which the hint still counts;
+and that ``torch.autograd.grad`` asks for the gradient of the dropped tensor itself, which is zero in skipped columns.
+(A leaf that requires a gradient, and a tensor whose gradient is retained, are multiplied densely.)
 """
 
 from __future__ import annotations
@@ -69,7 +74,7 @@ class Hint:
         steps: which rows of the tensor, in ``shape``, belong to which time step.
     """
 
-    __slots__ = ("_version", "kept", "parts", "shape", "steps")
+    __slots__ = ("_memory", "_version", "kept", "parts", "shape", "steps")
 
     def __init__(self, parts: Sequence[Part], steps: Steps, tensor: Tensor) -> None:
         self.parts = tuple(parts)
@@ -77,10 +82,11 @@ class Hint:
         self.steps = steps
         self.shape = tensor.shape
         self._version = tensor._version
+        self._memory = tensor.data_ptr()
 
     def holds_for(self, tensor: Tensor) -> bool:
         """``tensor``, which carries this hint or is a view of what carries it, was not modified since."""
-        return tensor._version == self._version
+        return tensor._version == self._version and tensor.data_ptr() == self._memory
 
     def speaks_of(self, tensor: Tensor, steps: Steps) -> bool:
         """The time steps of this hint are those of ``tensor``, laid out as ``steps`` says.
@@ -114,9 +120,10 @@ def lookup(tensor: Tensor) -> Hint | None:
     """The hint of ``tensor``, or of the tensor it is a row-preserving view of; None when there is none to trust."""
     hint = getattr(tensor, _ATTRIBUTE, None)
     if isinstance(hint, Hint):
-        return hint if tensor.shape == hint.shape and hint.holds_for(tensor) else None
+        trusted = tensor.shape == hint.shape and hint.holds_for(tensor) and not _is_differentiated(tensor)
+        return hint if trusted else None
     base = tensor._base
-    if base is None:
+    if base is None or _is_differentiated(base) or _is_differentiated(tensor):
         return None
     hint = getattr(base, _ATTRIBUTE, None)
     if not isinstance(hint, Hint) or not hint.holds_for(tensor):
@@ -132,6 +139,11 @@ def lookup(tensor: Tensor) -> Hint | None:
     return hint if same_rows else None
 
 
+def _is_differentiated(tensor: Tensor) -> bool:
+    """Somebody reads the gradient of this very tensor, of which skipping computes the kept columns only."""
+    return tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad)
+
+
 def waive(tensor: Tensor) -> Tensor:
     """Tell the counters that no product follows ``tensor``: its pattern is not lost for want of one."""
     hint = lookup(tensor)
@@ -142,14 +154,19 @@ def waive(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def carry(source: Tensor, target: Tensor, steps: Steps) -> Tensor:
+def carry(source: Tensor, source_steps: Steps, target: Tensor, steps: Steps) -> Tensor:
     """Give ``target``, the rows of ``source`` in another layout, the hint of ``source``, if it has one.
 
-    ``target`` may have fewer time steps (packed from padded); then the first ones count.
+    Args:
+        source: laid out as ``source_steps`` says; target: as ``steps`` says. It may have fewer time steps (packed
+            from padded); then the first ones count.
+
+    Returns:
+        ``target``.
     """
     hint = lookup(source)
     count = steps.count(target)
-    if hint is None or count > hint.kept.steps:
+    if hint is None or not hint.speaks_of(source, source_steps) or count > hint.kept.steps:
         return target
     return attach(target, [Part(part.kept.first(count), part.draws) for part in hint.parts], steps)
 
@@ -165,7 +182,11 @@ def unbind(x: Tensor, steps: Steps) -> list[Tensor]:
 
 
 def cat(tensors: Sequence[Tensor]) -> Tensor:
-    """``torch.cat(tensors, 1)`` of one-step tensors ``[B, K_i]``: kept are the kept units of each, side by side."""
+    """``torch.cat(tensors, 1)`` of one-step tensors ``[B, K_i]``: kept are the kept units of each, side by side.
+
+    Returns:
+        ``[B, sum of K_i]``; without a hint if no tensor has one.
+    """
     joined = torch.cat(list(tensors), 1)
     hints = [lookup(tensor) for tensor in tensors]
     if all(hint is None for hint in hints) or any(hint is not None and hint.kept.steps != 1 for hint in hints):
@@ -178,7 +199,11 @@ def cat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def stack(tensors: Sequence[Tensor], steps: Steps) -> Tensor:
-    """``torch.stack`` of one-step tensors ``[B, K]`` along the time dimension of ``steps``, hints likewise."""
+    """``torch.stack`` of one-step tensors ``[B, K]`` along the time dimension of ``steps``, hints likewise.
+
+    Returns:
+        ``[T, B, K]`` or ``[B, T, K]``; without a hint unless every tensor has one, of the same number of units.
+    """
     stacked = torch.stack(list(tensors), steps.time_dim)
     parts = []
     for tensor in tensors:

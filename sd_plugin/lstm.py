@@ -22,6 +22,18 @@ if TYPE_CHECKING:
 MODES = ("random", "nr_st", "nr_rh_st")
 
 
+_OPTIONS = (
+    "recurrent_dropout",
+    "input_dropout",
+    "output_dropout",
+    "mode",
+    "locked",
+    "sampling",
+    "native",
+    "site",
+)
+
+
 def check_mode(mode: str) -> str:
     """``mode`` itself; ValueError unless it is one of :data:`MODES`."""
     if mode not in MODES:
@@ -117,13 +129,19 @@ class StructuredDropoutLSTM(nn.LSTM):
 
     @classmethod
     def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> StructuredDropoutLSTM:
-        """A module that shares ``lstm``'s parameters, hooks and training flag; options as of ``__init__``.
+        """A second module that shares ``lstm``'s parameters, hooks and training flag.
+
+        Args:
+            **options: of ``__init__``; those not given have its defaults.
 
         Raises:
-            NotImplementedError: ``lstm`` has projections. ValueError: as ``__init__``.
+            NotImplementedError: ``lstm`` has projections. ValueError: as ``__init__``. TypeError: an option is unknown.
         """
         if lstm.proj_size != 0:
             raise NotImplementedError("StructuredDropoutLSTM has no projections (proj_size must be 0)")
+        unknown = sorted(set(options) - set(_OPTIONS))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(unknown)}; valid: {', '.join(_OPTIONS)}")
         module = cls.__new__(cls)
         # Containers are copied, so that each module registers for itself; what they hold is shared.
         own = {k: copy(v) if isinstance(v, (dict, list, set)) else v for k, v in lstm.__dict__.items()}
@@ -131,6 +149,17 @@ class StructuredDropoutLSTM(nn.LSTM):
         defaults = {"recurrent_dropout": 0.0, "input_dropout": 0.0, "output_dropout": 0.0, "mode": "nr_rh_st"}
         module.configure(**{**defaults, **options})
         return module
+
+    @classmethod
+    def adopt(cls, lstm: nn.LSTM, **options: Any) -> StructuredDropoutLSTM:
+        """Make an existing ``nn.LSTM`` one of this class, in place: same object, parameters and hooks.
+
+        Arguments and errors as :meth:`from_lstm`; nothing is changed if one is raised.
+        """
+        checked = cls.from_lstm(lstm, **options)
+        lstm.__class__ = cls
+        lstm.__dict__.update({name: checked.__dict__[name] for name in _OPTIONS})
+        return lstm  # type: ignore[return-value]
 
     @property
     def case(self) -> Case:
@@ -187,11 +216,7 @@ class StructuredDropoutLSTM(nn.LSTM):
         y, h_n, c_n = self._layers(x, hx, steps)
         if batched:
             return y, (h_n, c_n)
-        hint = hints.lookup(y)
-        out = y.squeeze(1)
-        if hint is not None:
-            hints.carry(y, out, Steps.packed([1] * out.shape[0]))
-        return out, (h_n.squeeze(1), c_n.squeeze(1))
+        return y.squeeze(1), (h_n.squeeze(1), c_n.squeeze(1))
 
     def _forward_packed(
         self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None

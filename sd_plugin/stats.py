@@ -45,7 +45,8 @@ class Site:
 
 _sites: dict[str, Site] = {}
 _backends: set[str] = set()
-_reported = False
+#: Patterns drawn when the report was last made; None if it was not.
+_told: int | None = None
 _registered = False
 
 
@@ -56,11 +57,11 @@ def sites() -> dict[str, Site]:
 
 def reset() -> None:
     """Forget everything counted so far, kernel fallbacks included."""
-    global _reported
+    global _told
     _sites.clear()
     _backends.clear()
     fallbacks.clear()
-    _reported = False
+    _told = None
 
 
 def count_draw(site: str, kept: Kept) -> None:
@@ -103,10 +104,10 @@ def lines() -> list[str]:
     """The report, a line each; the first starts with :data:`TITLE`."""
     if not _sites:
         return [f"{TITLE}: no unit was dropped"]
-    table = [("site", "patterns", "units dropped", "multiply-adds skipped", "hints lost")]
+    table = [("site", "patterns", "units dropped", "multiply-adds skipped", "no product follows", "hints lost")]
     for name, site in _sites.items():
-        skipped = _percent(site.skipped, site.dense)
-        table.append((name, str(site.drawn), _percent(site.dropped, site.units), skipped, str(site.lost)))
+        dropped, skipped = _percent(site.dropped, site.units), _percent(site.skipped, site.dense)
+        table.append((name, str(site.drawn), dropped, skipped, str(site.waived), str(site.lost)))
     total_dense = sum(site.dense for site in _sites.values())
     total_skipped = sum(site.skipped for site in _sites.values())
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
@@ -114,8 +115,9 @@ def lines() -> list[str]:
     for row in table:
         cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
         text.append("  " + "  ".join(cells))
+    unit, name = next(((u, n) for u, n in ((1e9, "G"), (1e6, "M")) if total_dense >= u), (1e3, "k"))
     text.append(
-        f"  {total_skipped / 1e9:.2f} of {total_dense / 1e9:.2f} G multiply-adds of these products skipped "
+        f"  {total_skipped / unit:.2f} of {total_dense / unit:.2f} {name} multiply-adds of these products skipped "
         f"({_percent(total_skipped, total_dense)})"
     )
     for (operation, backend, reason), count in fallbacks.items():
@@ -124,15 +126,19 @@ def lines() -> list[str]:
 
 
 def report() -> str:
-    """The report as one text; printing it is up to the caller. It is then not repeated at exit."""
-    global _reported
-    _reported = True
+    """The report as one text; printing it is up to the caller. It is repeated at exit only if it then says more."""
+    global _told
+    _told = _drawn()
     return "\n".join(lines())
+
+
+def _drawn() -> int:
+    return sum(site.drawn for site in _sites.values())
 
 
 def _at_exit() -> None:
     """The whole report when asked for by ``SD_PLUGIN_REPORT=1``, else one line if something took the slow path."""
-    if _reported or not _sites:
+    if not _sites or _told == _drawn():
         return
     if os.environ.get(REPORT_VARIABLE, "") not in ("", "0"):
         print(report(), file=sys.stderr)

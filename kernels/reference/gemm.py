@@ -100,11 +100,11 @@ def gemm_bp(dy: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps) -> Te
     weight_t = weight_t.to(math)
     if kept is None:
         return (dy.to(math) @ weight_t.t()).to(dy.dtype)
-    dx = dy.new_zeros(*dy.shape[:-1], weight_t.shape[0])
+    dx = dy.new_zeros(*dy.shape[:-1], weight_t.shape[0], dtype=math)
     for t, (dy_t, dx_t) in enumerate(zip(steps.split(dy), steps.split(dx), strict=True)):
         pattern = StepPattern(kept, t)
-        pattern.put(dx_t, (dy_t.to(math) @ pattern.rows(weight_t).t()).to(dx.dtype))
-    return dx
+        pattern.put(dx_t, dy_t.to(math) @ pattern.rows(weight_t).t())
+    return dx.to(dy.dtype)
 
 
 def gemm_wg(x: Tensor, dy: Tensor, kept: Kept | None, steps: Steps) -> Tensor:

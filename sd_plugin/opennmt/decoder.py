@@ -24,6 +24,27 @@ if TYPE_CHECKING:
 _BATCH_FIRST = Steps(1)
 
 
+def _waive_output(module: torch.nn.Module, arguments: Any, result: tuple[Tensor, Any]) -> None:
+    """A forward hook of an LSTM whose output no product with a weight follows."""
+    hints.waive(result[0])
+
+
+def _adopt_attention(attention: Any) -> bool:
+    """Let the linear layers of an attention skip whose input is an LSTM's output, or the decoder's, as it is.
+
+    Args:
+        attention: ``onmt.modules.GlobalAttention``, or None.
+
+    Returns:
+        Whether it multiplies its query by a weight (general and mlp attention do, dot does not).
+    """
+    linears = {name: getattr(attention, name, None) for name in ("linear_in", "linear_query", "linear_context")}
+    for linear in linears.values():
+        if linear is not None:
+            StructuredLinear.adopt(linear)
+    return linears["linear_in"] is not None or linears["linear_query"] is not None
+
+
 class StructuredRNNDecoder(DecoderBase):
     """Chooses the decoder that the options ask for, as OpenNMT-py does for its own name ``rnn`` alone."""
 
@@ -56,19 +77,13 @@ class StructuredStdRNNDecoder(StdRNNDecoder):
         """Replace the stock recurrent part and dropouts; parameters and their names stay."""
         dropout = self.dropout.p
         self.settings = settings
-        self.rnn = StructuredDropoutLSTM.from_lstm(
-            self.rnn, mode=settings.mode, sampling=settings.sampling, site="decoder.rnn"
-        )
+        StructuredDropoutLSTM.adopt(self.rnn, mode=settings.mode, sampling=settings.sampling, site="decoder.rnn")
         self.dropout = StructuredDropout(dropout, batch_first=True, sampling=settings.sampling, site="decoder.output")
         structure_embeddings(self.embeddings, settings.sampling, "decoder.embeddings")
-        for linear in self._attention_linears():
-            StructuredLinear.adopt(linear)
+        if not _adopt_attention(self.attn):
+            # A dot attention joins it with the context vector, and no product sees it alone.
+            self.rnn.register_forward_hook(_waive_output)
         self.update_dropout(dropout)
-
-    def _attention_linears(self) -> list[torch.nn.Linear]:
-        """The attention's linear layers that multiply the decoder's or the encoder's LSTM output as it is."""
-        linears = (getattr(self.attn, name, None) for name in ("linear_in", "linear_query", "linear_context"))
-        return [linear for linear in linears if linear is not None]
 
     def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
         """Set the dropout of every site that follows ``dropout``."""
@@ -98,8 +113,10 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
             mode=settings.mode,
             sampling=settings.sampling,
             site="decoder.rnn",
+            layers=stock.layers,
         )
-        self.rnn.layers = stock.layers
+        self.query_is_multiplied = _adopt_attention(self.attn)
+        _adopt_attention(self.copy_attn)
         structure_embeddings(self.embeddings, settings.sampling, "decoder.embeddings")
         self.update_dropout(dropout)
 
@@ -127,8 +144,9 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         for t, emb_t in enumerate(hints.unbind(emb, _BATCH_FIRST)):
             dec_in = hints.cat([emb_t, feed])
             rnn_out, state = run.step(t, dec_in, state)
-            # The attention joins it with the context vector, and no product sees it alone.
-            hints.waive(rnn_out)
+            if not self.query_is_multiplied:
+                # A dot attention joins it with the context vector, and no product sees it alone.
+                hints.waive(rnn_out)
             feed = drop(t, self._attend(rnn_out, dec_in, enc_out, src_len, record))
             record.copy(feed, enc_out)
             outputs.append(feed)

@@ -33,14 +33,11 @@ class StructuredRNNEncoder(RNNEncoder):
 
     def __init__(self, settings: Settings, output_is_multiplied: bool, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        dropout = self.rnn.dropout if self.rnn.num_layers > 1 else kwargs.get("dropout", 0.0)
         self.settings = settings
         self.output_is_multiplied = output_is_multiplied
-        self.rnn = StructuredDropoutLSTM.from_lstm(
-            self.rnn, mode=settings.mode, sampling=settings.sampling, site="encoder.rnn"
-        )
+        StructuredDropoutLSTM.adopt(self.rnn, mode=settings.mode, sampling=settings.sampling, site="encoder.rnn")
         structure_embeddings(self.embeddings, settings.sampling, "encoder.embeddings")
-        self.update_dropout(dropout)
+        self.update_dropout(self.rnn.dropout)
 
     @classmethod
     def from_opt(cls, opt: Namespace, embeddings: Any) -> RNNEncoder:
@@ -58,9 +55,8 @@ class StructuredRNNEncoder(RNNEncoder):
             return RNNEncoder.from_opt(opt, embeddings)
         return cls(
             settings,
-            # Only this attention multiplies the encoder's output by a weight, and only the standard decoder does it
-            # once for all target steps.
-            opt.global_attention == "mlp" and not opt.input_feed and is_ours(opt.decoder_type, opt.rnn_type),
+            # Only this attention multiplies the encoder's output by a weight.
+            opt.global_attention == "mlp" and is_ours(opt.decoder_type, opt.rnn_type),
             rnn_type=opt.rnn_type,
             bidirectional=opt.brnn,
             num_layers=opt.enc_layers,
@@ -78,10 +74,10 @@ class StructuredRNNEncoder(RNNEncoder):
         else:
             packed = pack_padded_sequence(emb, src_len.view(-1).tolist(), batch_first=True, enforce_sorted=False)
             steps = Steps.packed(packed.batch_sizes.tolist())
-            hints.carry(emb, packed.data, steps)
+            hints.carry(emb, Steps(1), packed.data, steps)
             packed_out, enc_final_hs = self.rnn(packed)
             enc_out = pad_packed_sequence(packed_out, batch_first=True)[0]
-            hints.carry(packed_out.data, enc_out, Steps(1))
+            hints.carry(packed_out.data, steps, enc_out, Steps(1))
         if not self.output_is_multiplied:
             hints.waive(enc_out)
         if self.use_bridge:

@@ -32,12 +32,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "sd_output_dropout": {
         "type": float,
-        "help": "Dropout of the encoder's and the decoder's LSTM output. Default: as sd_recurrent_dropout's.",
+        "help": "Dropout of the encoder's and the decoder's LSTM output. Default: as dropout in nr_rh_st, else none.",
     },
     "sd_sampling": {
         "type": str,
-        "default": "exact",
-        "help": f"How kept units are drawn: one of {', '.join(SAMPLINGS)}.",
+        "help": f"How kept units are drawn: one of {', '.join(SAMPLINGS)}. Default: exact.",
     },
 }
 
@@ -112,6 +111,8 @@ def resolve(opt: Namespace) -> Settings:
     Raises:
         UsageError: an option has no valid value, the options contradict each other, or the RNN is not an LSTM.
     """
+    if opt.decoder_type == "sd_brnn":
+        raise UsageError("decoder_type has no sd_brnn: use sd_rnn, also with encoder_type sd_brnn")
     if opt.rnn_type != "LSTM":
         raise UsageError(
             f"rnn_type {opt.rnn_type} has no structured dropout: use rnn_type LSTM, or encoder_type and "
@@ -151,13 +152,14 @@ def check_unknown(arguments: list[str], strict: bool) -> None:
     """
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0]
-        if not (argument.startswith("-") and name.startswith("sd_")):
+        meant_name = name.lower().replace("-", "_")
+        close = get_close_matches(meant_name, OPTIONS, 1)
+        if not argument.startswith("-") or not (meant_name.startswith("sd_") or (meant_name[:2] == "sd" and close)):
             continue
         if name in OPTIONS and not strict:
             continue
         if name in OPTIONS:
             raise UsageError(f"{name} is not an option of this program: it is saved in the model; leave it out")
-        close = get_close_matches(name, OPTIONS, 1)
         meant = f"; did you mean {close[0]}?" if close else ""
         raise UsageError(f"unknown option {name}{meant} Valid: {', '.join(OPTIONS)}")
 
@@ -173,3 +175,42 @@ def check_checkpoint(opt: Namespace) -> None:
     if getattr(opt, "sd_format", FORMAT) > FORMAT or unknown:
         what = f" (option {', '.join(unknown)})" if unknown else f" (format {opt.sd_format}, this one reads {FORMAT})"
         raise UsageError(f"this checkpoint was written by a newer sd-plugin{what}: pip install -U sd-plugin")
+
+
+def check_resumed(asked: Namespace, stored: Namespace) -> str | None:
+    """Compare what a resumed training asks for with the checkpoint, whose model options hold.
+
+    Args:
+        asked: options of the run; stored: those of the checkpoint it continues.
+
+    Returns:
+        A warning to show, or None.
+
+    Raises:
+        UsageError: the run asks for structured dropout, or for an ``sd_*`` value, that the checkpoint overrides.
+    """
+    if not uses_plugin(stored):
+        types = f"encoder_type {stored.encoder_type} and decoder_type {stored.decoder_type}"
+        if uses_plugin(asked):
+            raise UsageError(
+                f"the checkpoint's {types} hold when it is resumed, without structured dropout: "
+                "set SD_PLUGIN=1 to continue it with structured dropout"
+            )
+        mode = getattr(stored, "sd_mode", None)
+        if mode in (None, "random"):
+            return None
+        return (
+            f"the checkpoint was trained with structured dropout (sd_mode {mode}) and continues without: its {types} "
+            "are OpenNMT-py's own; set SD_PLUGIN=1 to keep it"
+        )
+    for name in OPTIONS:
+        wanted, kept = getattr(asked, name, None), getattr(stored, name, None)
+        if wanted is not None and wanted != kept and not (kept is None and name == "sd_mode"):
+            raise UsageError(
+                f"{name} {wanted}: the checkpoint's own ({kept}) holds when it is resumed; leave {name} out, "
+                "or give -override_opts"
+            )
+    kept = getattr(stored, "sd_mode", None)
+    if replacement.mode is not None and kept not in (None, replacement.mode):
+        return f"SD_PLUGIN={replacement.mode}: the checkpoint's sd_mode {kept} holds when it is resumed"
+    return None

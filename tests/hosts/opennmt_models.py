@@ -87,8 +87,10 @@ def run(model: Any) -> dict[str, torch.Tensor]:
     model.zero_grad()
     out, attns = model(src, tgt, lengths)
     flat = out.contiguous().view(-1, out.size(2))
-    generator = model.generator.linear if hasattr(model.generator, "linear") else model.generator
-    scores = torch.log_softmax(generator(flat), -1)
+    copies = hasattr(model.generator, "linear_copy")
+    scores = torch.log_softmax((model.generator.linear if copies else model.generator)(flat), -1)
+    if copies:
+        scores = scores + torch.nn.functional.logsigmoid(model.generator.linear_copy(flat))
     weights = torch.linspace(-1, 1, scores.numel(), dtype=scores.dtype).view_as(scores)
     loss = (scores * weights).sum() + sum((a * a).sum() for a in attns.values())
     loss.backward()

@@ -86,6 +86,9 @@ def test_eval_mode_drops_nothing(changes: dict[str, object]) -> None:
         {"input_feed": 0, "global_attention": "mlp"},
         {"input_feed": 1},
         {"input_feed": 1, "copy_attn": True},
+        {"input_feed": 1, "global_attention": "mlp"},
+        {"input_feed": 0, "global_attention": "dot"},
+        {"input_feed": 1, "global_attention": "dot", "share_decoder_embeddings": True, "word_vec_size": models.HIDDEN},
         {"encoder_type": "sd_brnn", "layers": 3},
     ],
     ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()),
@@ -199,6 +202,7 @@ def test_the_options_are_read_back_from_a_checkpoint() -> None:
         ({"dropout": [0.2, 1.5]}, "dropout must be in"),
         ({"sd_mode": "nr_st", "sd_recurrent_dropout": 0.3}, "sd_recurrent_dropout needs sd_mode nr_rh_st"),
         ({"sd_mode": "random", "sd_output_dropout": 0.3}, "sd_output_dropout needs sd_mode nr_st or nr_rh_st"),
+        ({"decoder_type": "sd_brnn"}, "decoder_type has no sd_brnn: use sd_rnn"),
         ({"rnn_type": "GRU"}, "rnn_type GRU has no structured dropout"),
         ({"rnn_type": "SRU", "gpu_ranks": [0]}, "rnn_type SRU has no structured dropout"),
     ],
@@ -220,6 +224,45 @@ def test_a_checkpoint_of_a_newer_plugin_is_refused() -> None:
     opt.sd_shape = "block"
     with pytest.raises(UsageError, match=r"newer sd-plugin \(option sd_shape\)"):
         ArgumentParser.ckpt_model_opts(opt)
+
+
+@pytest.mark.parametrize("argument", ["--sd-mode=nr_st", "--SD_mode", "-sdmode", "--sd_smapling=exact", "--sd_x"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_misspelt_keys_are_refused(argument: str, strict: bool) -> None:
+    from sd_plugin.opennmt.options import check_unknown
+
+    with pytest.raises(UsageError, match="unknown option"):
+        check_unknown([argument], strict)
+    check_unknown(["--sdk", "--seed_x", "sd_mode", "-s"], strict)
+
+
+def test_modes_are_the_same_everywhere() -> None:
+    from sd_plugin import _environment, lstm
+
+    assert _environment.MODES == lstm.MODES
+
+
+def test_the_same_seed_starts_from_the_same_parameters() -> None:
+    """Building the structured model draws what building the stock one draws."""
+    states = []
+    for types in ({}, {"encoder_type": "rnn", "decoder_type": "rnn"}):
+        torch.manual_seed(3)
+        from onmt.model_builder import build_base_model
+
+        build_base_model(models.options(**types), models.vocabs())
+        states.append(torch.random.get_rng_state())
+    assert torch.equal(states[0], states[1])
+
+
+def test_a_failure_midway_leaves_the_host_unpatched(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onmt.encoders import str2enc
+
+    patch.disable()
+    monkeypatch.setattr(patch, "_patch_trainer", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        patch.enable(replace=True)
+    assert "sd_rnn" not in str2enc
+    assert type(models.build(models.options(encoder_type="rnn", decoder_type="rnn")).encoder).__module__[:4] == "onmt"
 
 
 def test_replacement_takes_the_stock_names_for_lstms_only() -> None:

@@ -140,14 +140,15 @@ def test_training_learns_and_reports_what_it_skipped(trained: Path) -> None:
     for site in ("encoder.embeddings", "encoder.rnn.l1_reverse.recurrent", "decoder.rnn.between", "decoder.output"):
         row = next(line for line in report.splitlines() if line.strip().startswith(site))
         # Patterns drawn, 29.7% of 64 units or 31.2% of 32 dropped and skipped, no hint lost.
-        assert re.fullmatch(r"\s+\S+\s+\d+\s+(29\.7|31\.2)%\s+(29\.7|31\.2)%\s+0", row), row
+        assert re.fullmatch(r"\s+\S+\s+\d+\s+(29\.7|31\.2)%\s+(29\.7|31\.2)%\s+0\s+0", row), row
     assert re.search(r"of [\d.]+ G multiply-adds of these products skipped \((29|30)\.\d%\)", report)
 
 
 def test_resume_average_translate_release(trained: Path) -> None:
     log = train(trained, "more", train_from="sd_step_60.pt", train_steps=90)
     assert "sd-plugin: structured dropout report" in log
-    assert perplexities(log)[-1] < perplexities((trained / "sd.log").read_text())[-1]
+    # It goes on where it stopped: a start from scratch would be where the first training was after 30 steps.
+    assert perplexities(log)[0] < perplexities((trained / "sd.log").read_text())[0]
     program("onmt_average_models", "-models", "sd_step_60.pt", "more_step_90.pt", "-output", "mean.pt", folder=trained)
     program("onmt_release_model", "--model", "mean.pt", "--output", "released.pt", folder=trained)
     one = translation(trained, "mean.pt")
@@ -221,6 +222,61 @@ def test_an_override_checkpoint_translates_without_the_plugin(corpus: Path) -> N
     assert "sd-plugin: structured dropout report" in log
     with_plugin = translation(corpus, "over_step_60.pt", plugin="1")
     assert translate_alone(corpus, "over_step_60.pt") == with_plugin
+
+
+def test_scoring_while_training_works_for_stock_and_structured_models(corpus: Path) -> None:
+    short = {"train_steps": 4, "valid_steps": 4, "valid_metrics": ["BLEU"]}
+    assert "validation BLEU" in train(corpus, "bleu", **short)
+    assert "validation BLEU" in train(corpus, "bleu2", encoder_type="rnn", decoder_type="rnn", **short)
+
+
+def test_resuming_in_another_way_is_told(trained: Path) -> None:
+    """A checkpoint's own options hold when it is resumed: asking for others must not pass in silence."""
+    stock = {
+        "encoder_type": "brnn",
+        "decoder_type": "rnn",
+        "train_steps": 2,
+        "valid_steps": 2,
+        "save_checkpoint_steps": 2,
+    }
+    train(trained, "plain2", **stock)
+    train(trained, "over2", plugin="1", **stock)
+    more = {**stock, "train_steps": 4}
+    told = train(trained, "r1", train_from="over2_step_2.pt", **more)
+    assert "continues without" in told and "set SD_PLUGIN=1 to keep it" in told
+    assert "structured dropout report" not in told
+    told = train(trained, "r2", plugin="nr_st", train_from="over2_step_2.pt", **more)
+    assert "SD_PLUGIN=nr_st: the checkpoint's sd_mode nr_rh_st holds" in told
+    own = {"encoder_type": "sd_brnn", "decoder_type": "sd_rnn"}
+    for changes, message in (
+        ({**own, "train_from": "plain2_step_2.pt"}, "set SD_PLUGIN=1 to continue it with structured dropout"),
+        ({**own, "train_from": "sd_step_60.pt", "sd_mode": "nr_st"}, "the checkpoint's own (nr_rh_st) holds"),
+        ({**own, "train_from": "sd_step_60.pt", "sd_recurrent_dropout": 0.1}, "the checkpoint's own (None) holds"),
+        ({**own, "train_from": "gone.pt"}, "train_from: no such file: gone.pt"),
+        ({**own, "train_from": "train.de"}, "train_from: train.de is not a checkpoint of OpenNMT-py"),
+    ):
+        name = config(trained, "refused.yaml", save_model="refused", **changes)
+        done = program("onmt_train", "-config", name, folder=trained, code=2)
+        assert message in done.stderr.splitlines()[-1]
+    assert not list(trained.glob("refused_step*"))
+
+
+def test_a_resumed_training_has_the_dropout_of_its_step(corpus: Path) -> None:
+    schedule = {"dropout": [0.0, 0.5], "attention_dropout": [0.0, 0.0], "dropout_steps": [0, 2], "valid_steps": 100}
+    train(corpus, "sched", train_steps=4, save_checkpoint_steps=4, **schedule)
+    log = train(corpus, "sched2", train_from="sched_step_4.pt", train_steps=6, save_checkpoint_steps=6, **schedule)
+    row = next(line for line in log.splitlines() if line.strip().startswith("encoder.embeddings"))
+    assert row.split()[2] == "50.0%"
+
+
+def test_an_empty_or_foreign_model_file_is_one_line_and_spares_the_output(corpus: Path) -> None:
+    (corpus / "empty.pt").write_bytes(b"")
+    torch.save([1, 2], corpus / "list.pt")
+    (corpus / "kept").write_text("a former translation")
+    for model in ("empty.pt", "list.pt", "gone.pt"):
+        done = program("onmt_translate", "-model", model, "-src", "few.de", "-output", "kept", folder=corpus, code=2)
+        assert done.stderr.splitlines()[-1].startswith("sd-plugin: error: model: ")
+    assert (corpus / "kept").read_text() == "a former translation"
 
 
 def test_a_stock_checkpoint_continues_with_structured_dropout(corpus: Path) -> None:

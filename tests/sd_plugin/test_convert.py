@@ -107,13 +107,26 @@ def test_hooks_and_training_flag_go_along() -> None:
     assert model.first["encode"].training
 
 
-def test_a_model_that_is_an_lstm_is_returned_anew() -> None:
-    lstm = nn.LSTM(4, 6)
-    converted: Any = convert(lstm, recurrent_dropout=0.5)
-    assert type(converted) is StructuredDropoutLSTM
-    assert converted.weight_hh_l0 is lstm.weight_hh_l0
-    assert converted.site == "lstm"
-    assert type(lstm) is nn.LSTM
+def test_an_lstm_itself_is_converted_in_place() -> None:
+    lstm: Any = nn.LSTM(4, 6)
+    weight, calls = lstm.weight_hh_l0, []
+    handle = lstm.register_forward_hook(lambda *_: calls.append("called"))
+    assert convert(lstm, recurrent_dropout=0.5) is lstm
+    assert type(lstm) is StructuredDropoutLSTM
+    assert lstm.weight_hh_l0 is weight
+    assert lstm.site == "lstm"
+    handle.remove()
+    lstm(torch.zeros(2, 1, 4))
+    assert not calls
+
+
+def test_converting_again_configures_anew() -> None:
+    model = nn.Sequential(nn.LSTM(4, 6))
+    convert(model, recurrent_dropout=0.5)
+    convert(model, recurrent_dropout=0.25, mode="nr_rh_st")
+    assert model[0].recurrent_dropout == 0.25
+    with pytest.raises(TypeError, match="unknown option recurent_dropout; valid: recurrent_dropout"):
+        convert(model, recurent_dropout=0.1)
 
 
 def test_subclasses_and_what_they_hold_stay_untouched() -> None:
@@ -128,10 +141,7 @@ def test_subclasses_and_what_they_hold_stay_untouched() -> None:
         convert(nn.Sequential(Own(4, 4)))
 
 
-def test_converting_again_is_refused() -> None:
-    model = convert(Model(), recurrent_dropout=0.5)
-    with pytest.raises(ValueError, match=r"Model holds no nn\.LSTM to convert"):
-        convert(model)
+def test_a_model_without_an_lstm_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Linear holds no nn\.LSTM to convert"):
         convert(nn.Linear(1, 1))
 

@@ -7,6 +7,7 @@ import io
 import pickle
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -245,7 +246,7 @@ def test_carried_to_fewer_steps() -> None:
     packed = torch.nn.utils.rnn.pack_padded_sequence(x, torch.tensor([3, 3, 1]))
     assert hints.lookup(packed.data) is None
     steps = Steps.packed(packed.batch_sizes.tolist())
-    hints.carry(x, packed.data, steps)
+    hints.carry(x, TIME_MAJOR, packed.data, steps)
     hint = hints.lookup(packed.data)
     assert hint is not None
     assert hint.kept.steps == 3
@@ -257,7 +258,7 @@ def test_carried_to_fewer_steps() -> None:
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
     bare = torch.zeros(2, 3, 6)
-    assert hints.lookup(hints.carry(bare.clone(), bare, TIME_MAJOR)) is None
+    assert hints.lookup(hints.carry(bare.clone(), TIME_MAJOR, bare, TIME_MAJOR)) is None
 
 
 def test_inference_mode_has_no_hints_to_trust() -> None:
@@ -285,3 +286,22 @@ def test_a_hint_made_by_hand() -> None:
     hints.attach(x, [hints.Part(kept)], TIME_MAJOR)
     layer = StructuredLinear(4, 2)
     torch.testing.assert_close(layer(x), linear(x, layer.weight, layer.bias))
+
+
+def test_other_memory_is_not_trusted() -> None:
+    x = dropped((3, 4, 6))
+    x.data = torch.randn_like(x)
+    assert hints.lookup(x) is None
+    assert hints.lookup(x.view(-1, 6)) is None
+
+
+@pytest.mark.parametrize("ask", [lambda x: x.requires_grad_(), lambda x: x.retain_grad()])
+@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.view(-1, 6)])
+def test_a_tensor_that_is_differentiated_itself_gets_its_whole_gradient(ask: Any, view: Any) -> None:
+    linear = StructuredLinear(6, 5, dtype=torch.float64)
+    source = torch.randn(3, 4, 6, dtype=torch.float64, requires_grad=ask.__code__.co_names == ("retain_grad",))
+    x = StructuredDropout(0.5)(source)
+    assert hints.lookup(x) is not None
+    ask(x)
+    linear(view(x)).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.sum(0).detach().expand_as(x))
