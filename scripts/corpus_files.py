@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from corpora import Corpus, File, Origin
@@ -58,23 +59,47 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def exclusive(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    """Hold ``folder`` against other runs, which share its working folders. If killed, the system lets go.
-
-    Args:
-        folder: an existing folder.
-        on_wait: called once if another run holds it, before waiting for that run to end.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
+def _is_open_at(descriptor: int, path: Path) -> bool:
+    """Whether ``path`` is still what was opened."""
     try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(folder: Path, on_wait: Callable[[], None]) -> tuple[int, list[Path]]:
+    """Make ``folder`` if need be and lock it; the descriptor that holds it, and the folders made, inmost first."""
+    while True:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             on_wait()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _is_open_at(descriptor, folder):
+            return descriptor, made
+        # The run that held it had made it, failed, and removed it.
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    """Hold ``folder`` against other runs, which share its working folders. If killed, the system lets go.
+
+    Args:
+        folder: made if it does not exist, with its parents; of these, what is empty afterwards is removed again.
+        on_wait: called if another run holds it, before waiting for that run to end.
+    """
+    descriptor, made = _lock(folder, on_wait)
+    try:
         yield
     finally:
+        # Before letting go, so that a waiting run sees that its folder is gone.
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
         os.close(descriptor)
 
 
@@ -199,8 +224,25 @@ def unpack(archive: Path, corpus: Corpus, folder: Path) -> None:
         raise DataError(f"{archive}: damaged or truncated archive: {reason}") from error
 
 
-def locate(source: Path, corpus: Corpus, scratch: Path) -> Path:
-    """The folder with a corpus's raw files, unpacking an archive if ``source`` is or holds one.
+@dataclass(frozen=True)
+class Raw:
+    """Where the raw files of a corpus are.
+
+    Attributes:
+        root: the folder that has them, at the top or below ``NAME/``.
+        archive: what they were unpacked from; None if ``root`` is a folder that the user knows.
+    """
+
+    root: Path
+    archive: Path | None = None
+
+    def called(self, path: Path) -> str:
+        """``path`` in words that still mean something when the folder of the unpacked files is gone."""
+        return f"{self.archive}: {path.relative_to(self.root)}" if self.archive else str(path)
+
+
+def locate(source: Path, corpus: Corpus, scratch: Path) -> Raw:
+    """Find a corpus's raw files, unpacking an archive if ``source`` is or holds one.
 
     Args:
         source: an archive; or a folder with ``NAME.tar.xz`` (or .tar.gz, .tgz, .tar), or with the raw files.
@@ -208,26 +250,22 @@ def locate(source: Path, corpus: Corpus, scratch: Path) -> Path:
         scratch: an empty folder for what is unpacked.
 
     Raises:
-        DataError: ``source`` does not exist, or the archive is unusable.
+        DataError: the archive is unusable.
     """
-    if not source.exists():
-        raise DataError(f"--from {source}: no such file or folder")
-    if source.is_file():
-        unpack(source, corpus, scratch)
-        return scratch
-    for ending in (".tar.xz", ".tar.gz", ".tgz", ".tar"):
-        archive = source / (corpus.name + ending)
-        if archive.is_file():
-            unpack(archive, corpus, scratch)
-            return scratch
-    return source
+    endings = (".tar.xz", ".tar.gz", ".tgz", ".tar")
+    archives = [source, *(source / (corpus.name + ending) for ending in endings)]
+    archive = next((path for path in archives if path.is_file()), None)
+    if archive is None:
+        return Raw(source)
+    unpack(archive, corpus, scratch)
+    return Raw(scratch, archive)
 
 
-def choose(root: Path, corpus: Corpus, accept_undigested: bool) -> list[tuple[File, Path]]:
-    """Pair every file of a corpus with a raw file below ``root``.
+def choose(raw: Raw, corpus: Corpus, accept_undigested: bool) -> list[tuple[File, Path]]:
+    """Pair every file of a corpus with a raw file.
 
     Args:
-        root: a folder with the raw files, at the top or below ``NAME/``.
+        raw: where to look.
         corpus: what is looked for.
         accept_undigested: take the files of which no verified digest is known instead of those that have one.
 
@@ -235,14 +273,18 @@ def choose(root: Path, corpus: Corpus, accept_undigested: bool) -> list[tuple[Fi
         DataError: a file is missing.
     """
     replaced = {file.output: file for file in corpus.undigested} if accept_undigested else {}
-    found = []
+    found: list[tuple[File, Path]] = []
     for file in corpus.files:
         file = replaced.get(file.output, file)
-        paths = [root / name for name in _candidates(corpus, file)]
+        paths = [raw.root / name for name in _candidates(corpus, file)]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
-            hint = f"; {corpus.note}" if corpus.note else ""
-            raise DataError(f"{corpus.name}: no file {file.member} in {root}{hint}")
+            if raw.archive:
+                what = f"{'all of ' if found else ''}{corpus.name}"
+                reason = f"{raw.archive} holds no {file.member}: it is not {what}"
+            else:
+                reason = f"neither {corpus.name}.tar.xz nor {file.member} in {raw.root}"
+            raise DataError("; ".join(filter(None, (reason, corpus.note))))
         found.append((file, path))
     return found
 
@@ -256,13 +298,14 @@ def count_lines(path: Path) -> int:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(CHUNK), b""))
 
 
-def place(file: File, path: Path, target: Path) -> None:
+def place(file: File, path: Path, target: Path, called: str) -> None:
     """Copy a raw file to its place after checking its bytes.
 
     Args:
         file: what it must be: the prepared file, or what the origin serves.
         path: the raw file.
         target: where the prepared file goes.
+        called: what a message calls the raw file.
 
     Raises:
         DataError: it is neither of the two; or, without a known digest, it has too few or too many lines.
@@ -270,7 +313,7 @@ def place(file: File, path: Path, target: Path) -> None:
     shutil.copyfile(path, target)
     if file.sha256 is None:
         if count_lines(target) != file.lines:
-            raise DataError(f"{path}: {count_lines(target):,} lines instead of {file.lines:,}")
+            raise DataError(f"{called}: {count_lines(target):,} lines instead of {file.lines:,}")
         return
     found = sha256_of(target)
     origin = file.origin
@@ -279,7 +322,7 @@ def place(file: File, path: Path, target: Path) -> None:
             out.write(origin.completed_by)
         found = sha256_of(target) if origin.completed_by else file.sha256
     if found != file.sha256:
-        raise DataError(f"{path}: wrong digest: SHA-256 {found} instead of {file.sha256}")
+        raise DataError(f"{called}: wrong digest: SHA-256 {found} instead of {file.sha256}")
 
 
 def check_parallel(folder: Path, languages: tuple[str, str]) -> None:

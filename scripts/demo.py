@@ -20,13 +20,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+try:
+    import typer
+    import yaml
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError:
+    print("demo.py needs typer, rich and PyYAML: pip install '.[demo]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
 import get_data
-import typer
-import yaml
 from corpus_files import DataError
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
 #: First words of the report that the plugin writes to the training log.

@@ -10,16 +10,28 @@ stays as it is until its successor is complete. Exit status: 0 done or nothing t
 """
 
 import contextlib
+import importlib
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, NamedTuple
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+except ImportError:
+    print("get_data.py needs typer and rich: pip install '.[demo]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 import number_words
-import typer
-from corpora import CORPORA, NAMES, Corpus
+from corpora import CORPORA, NAMES, Corpus, Origin
 from corpus_files import (
     DataError,
+    Raw,
     address,
     check_parallel,
     choose,
@@ -35,9 +47,6 @@ from corpus_files import (
     verify_prepared,
     write_manifest,
 )
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 #: Seed of the demo corpus unless told otherwise.
 SEED = 1234
@@ -46,6 +55,10 @@ SIZE = number_words.Sizes().train
 
 #: Size of the demo corpus, for the lists.
 _DEMO_MB = "1.8"
+#: Its source and target.
+_DEMO_LANGUAGES = ("de", "en")
+#: Name of the sentencepiece model in a prepared folder.
+_MODEL = "spm.model"
 
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -74,6 +87,16 @@ def download(corpus: Corpus, folder: Path, mirror: str | None) -> None:
         raise DataError(f"{corpus.name} {corpus.note}")
     folder.mkdir(exist_ok=True)
     origins = [file.origin for file in corpus.files if file.origin]
+    try:
+        _fetch_all(origins, folder, mirror)
+    finally:
+        # Nothing came, so there is nothing to go on with.
+        if not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _fetch_all(origins: list[Origin], folder: Path, mirror: str | None) -> None:
+    """Fetch files one after the other, with a progress bar for each."""
     with _progress(DownloadColumn(), TimeRemainingColumn()) as bar:
         for origin in origins:
             task = bar.add_task(origin.name, total=origin.size)
@@ -86,14 +109,14 @@ def download(corpus: Corpus, folder: Path, mirror: str | None) -> None:
             )
 
 
-def assemble(corpus: Corpus, root: Path, stage: Path, accept_undigested: bool) -> None:
-    """Make the prepared files in ``stage`` from the raw ones below ``root``.
+def assemble(corpus: Corpus, raw: Raw, stage: Path, accept_undigested: bool) -> None:
+    """Make the prepared files in ``stage`` from the raw ones.
 
     Raises:
         DataError: a raw file is missing or not the expected one, or the sides of a part differ in length.
     """
-    for file, path in choose(root, corpus, accept_undigested):
-        place(file, path, stage / file.output)
+    for file, path in choose(raw, corpus, accept_undigested):
+        place(file, path, stage / file.output, raw.called(path))
     changes = []
     if corpus.languages:
         check_parallel(stage, corpus.languages)
@@ -124,22 +147,17 @@ def make_demo(stage: Path, seed: int, size: int) -> None:
     """Write the demo corpus, German to English number words with ``size`` training pairs, to ``stage``.
 
     Raises:
-        DataError: there are not so many numbers.
+        DataError: there are not so many numbers, or num2words is not installed.
     """
     sizes = number_words.Sizes(train=size)
     try:
         parts = number_words.make(seed, sizes)
     except ValueError as error:
         raise DataError(f"--size {size}: {error}") from error
-    with _progress() as bar:
-        task = bar.add_task("number words", total=2 * sizes.total())
-        for part, numbers in parts.items():
-            for language, words in (("de", number_words.german), ("en", number_words.english)):
-                lines = []
-                for number in numbers:
-                    lines.append(words(number) + "\n")
-                    bar.advance(task)
-                (stage / f"{part}.{language}").write_text("".join(lines), encoding="utf-8")
+    try:
+        _spell_out(parts, stage, sizes.total())
+    except ImportError as error:
+        raise DataError("the demo corpus needs num2words: pip install '.[demo]'") from error
     (stage / "README.txt").write_text(
         f"demo: German number words to English number words, made with seed {seed}.\n"
         "State: complete; no number of valid or test is in train.\n"
@@ -148,24 +166,50 @@ def make_demo(stage: Path, seed: int, size: int) -> None:
     )
 
 
-def train_sentencepiece(folder: Path, languages: tuple[str, str], size: int, prefix: Path) -> None:
+def _spell_out(parts: dict[str, list[int]], stage: Path, total: int) -> None:
+    """Write the ``total`` numbers of all parts in words, a file for each part and language."""
+    with _progress() as bar:
+        task = bar.add_task("number words", total=2 * total)
+        for part, numbers in parts.items():
+            for language, words in zip(_DEMO_LANGUAGES, (number_words.german, number_words.english), strict=True):
+                lines = []
+                for number in numbers:
+                    lines.append(words(number) + "\n")
+                    bar.advance(task)
+                (stage / f"{part}.{language}").write_text("".join(lines), encoding="utf-8")
+
+
+def _sentencepiece() -> ModuleType:
+    """The module sentencepiece; imported here, because all but ``--sentencepiece`` does without.
+
+    Raises:
+        DataError: it is not installed.
+    """
+    try:
+        return importlib.import_module("sentencepiece")
+    except ImportError as error:
+        raise DataError("--sentencepiece needs sentencepiece: pip install sentencepiece") from error
+
+
+def train_sentencepiece(folder: Path, languages: tuple[str, str], size: int, stage: Path) -> Path:
     """Train one subword model on both sides of the training text.
 
     Args:
         folder: a prepared corpus.
         languages: its two languages.
         size: number of pieces.
-        prefix: the model becomes ``prefix`` + ".model".
+        stage: a working folder.
+
+    Returns:
+        The model, in ``stage``.
 
     Raises:
         DataError: the text cannot be cut into that many pieces.
     """
-    import sentencepiece  # here, because every other use of this script does without
-
     try:
-        sentencepiece.SentencePieceTrainer.train(
+        _sentencepiece().SentencePieceTrainer.train(
             input=[str(folder / f"train.{language}") for language in languages],
-            model_prefix=str(prefix),
+            model_prefix=str(stage / "spm"),
             vocab_size=size,
             character_coverage=1.0,
             num_threads=1,  # the model must not depend on the machine
@@ -175,14 +219,12 @@ def train_sentencepiece(folder: Path, languages: tuple[str, str], size: int, pre
         # Its message begins with the C++ source line and the failed assertion, bracketed.
         reason = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1]
         raise DataError(f"--sentencepiece {size}: {reason}") from error
+    model = stage / _MODEL
+    sync(model)
+    return model
 
 
 # ------------------------------------------------------------------------------------------ the procedure
-
-
-def _held(out: Path) -> contextlib.AbstractContextManager[None]:
-    """The folder of corpora, to ourselves."""
-    return exclusive(out, on_wait=lambda: say(f"waiting for another run to be done with {out}"))
 
 
 @contextlib.contextmanager
@@ -197,6 +239,13 @@ def _staging(out: Path, name: str) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+class Done(NamedTuple):
+    """What :func:`prepare` made; the rest was there already, or was not asked for."""
+
+    corpus: bool
+    model: bool
+
+
 def prepare(
     name: str,
     out: Path,
@@ -206,7 +255,8 @@ def prepare(
     seed: int = SEED,
     size: int = SIZE,
     accept_undigested: bool = False,
-) -> bool:
+    pieces: int | None = None,
+) -> Done:
     """Bring ``out/name`` into being, or see that it is there and unchanged.
 
     Args:
@@ -214,12 +264,11 @@ def prepare(
         out: the folder that holds the corpora; made if it does not exist.
         source: where the raw text lies on this machine; None fetches it.
         mirror: address of a folder that serves the origin's files under their names.
-        force: replace ``out/name`` whatever it is, once the new one is complete.
+        force: replace ``out/name`` whatever it is, once the new one is complete. If ``pieces`` is given, then
+            only what needs it: an intact corpus stays, its sentencepiece model is replaced.
         seed, size: of the demo corpus: see :func:`make_demo`; the others take none.
         accept_undigested: see :func:`corpus_files.choose`.
-
-    Returns:
-        Whether anything was done.
+        pieces: size of the sentencepiece model that a parallel corpus shall have; None asks for none.
 
     Raises:
         DataError: the reason why it was not prepared; ``out/name`` is then as it was.
@@ -227,12 +276,12 @@ def prepare(
     """
     final = out / name
     recipe = {"seed": seed, "size": size} if name == "demo" else {"unverified train": accept_undigested}
-    out.mkdir(parents=True, exist_ok=True)
-    with _held(out):
+    if pieces is not None:
+        _sentencepiece()  # before a long download
+    with exclusive(out, on_wait=lambda: say(f"waiting for another run to be done with {out}")):
         recover(final)
-        if final.exists() and not force:
-            verify_prepared(final, recipe)
-            return False
+        if _stays(final, recipe, force, pieces):
+            return Done(False, pieces is not None and _set_model(name, out, pieces, force))
         with _staging(out, name) as stage:
             ready = stage / name
             ready.mkdir()
@@ -240,9 +289,59 @@ def prepare(
                 make_demo(ready, seed, size)
             else:
                 _from_raw(CORPORA[name], out, stage, ready, source, mirror, accept_undigested)
+            # The manifest does not list the model, which may be replaced later.
             write_manifest(ready, recipe)
+            if pieces is not None:
+                train_sentencepiece(ready, _languages(name), pieces, stage).replace(ready / _MODEL)
             publish(ready, final)
         shutil.rmtree(_downloads(out, name), ignore_errors=True)
+    return Done(True, pieces is not None)
+
+
+def _stays(final: Path, recipe: dict[str, object], force: bool, pieces: int | None) -> bool:
+    """Whether the corpus is there and shall not be replaced.
+
+    Raises:
+        DataError: it is not what ``recipe`` makes, and ``force`` is not given.
+    """
+    if not final.exists() or (force and pieces is None):
+        return False
+    try:
+        verify_prepared(final, recipe)
+    except DataError:
+        if not force:
+            raise
+        return False
+    return True
+
+
+def _languages(name: str) -> tuple[str, str]:
+    """The (source, target) of a parallel corpus."""
+    languages = _DEMO_LANGUAGES if name == "demo" else CORPORA[name].languages
+    assert languages is not None, name
+    return languages
+
+
+def _set_model(name: str, out: Path, pieces: int, force: bool) -> bool:
+    """Put a sentencepiece model into a prepared corpus.
+
+    Returns:
+        Whether one was trained; False if one of this size is there.
+
+    Raises:
+        DataError: another model is there and ``force`` is not given, or none of this size can be had.
+    """
+    model = out / name / _MODEL
+    if model.exists() and not force:
+        try:
+            found = _sentencepiece().SentencePieceProcessor(model_file=str(model)).vocab_size()
+        except RuntimeError as error:
+            raise DataError(f"{model} is damaged; --force replaces it") from error
+        if found == pieces:
+            return False
+        raise DataError(f"{model} has {found} pieces, not {pieces}; --force replaces it")
+    with _staging(out, name) as stage:
+        train_sentencepiece(out / name, _languages(name), pieces, stage).replace(model)
     return True
 
 
@@ -261,50 +360,14 @@ def _from_raw(
     accept_undigested: bool,
 ) -> None:
     """Get the raw files, from ``source`` or the network, and assemble them in ``ready``."""
-    if accept_undigested and not corpus.undigested:
-        raise DataError(f"--accept-unverified-train is for {_with_undigested()}: all of {corpus.name} is verified")
     if source is None:
-        root = _downloads(out, corpus.name)
-        download(corpus, root, mirror)
+        raw = Raw(_downloads(out, corpus.name))
+        download(corpus, raw.root, mirror)
     else:
         scratch = stage / "raw"
         scratch.mkdir()
-        root = locate(source, corpus, scratch)
-    assemble(corpus, root, ready, accept_undigested)
-
-
-def _with_undigested() -> str:
-    return ", ".join(corpus.name for corpus in CORPORA.values() if corpus.undigested)
-
-
-def add_sentencepiece(name: str, out: Path, size: int, force: bool) -> bool:
-    """Put ``spm.model`` with ``size`` pieces into a prepared corpus.
-
-    Returns:
-        Whether a model was trained; False if one of this size is there.
-
-    Raises:
-        DataError: the corpus is not parallel, or another model is there and ``force`` is not given.
-    """
-    import sentencepiece  # here, because every other use of this script does without
-
-    languages = ("de", "en") if name == "demo" else CORPORA[name].languages
-    if languages is None:
-        raise DataError(f"--sentencepiece is for parallel corpora, not {name}")
-    model = out / name / "spm.model"
-    if model.exists() and not force:
-        try:
-            pieces = sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
-        except RuntimeError as error:
-            raise DataError(f"{model} is damaged; --force replaces it") from error
-        if pieces == size:
-            return False
-        raise DataError(f"{model} has {pieces} pieces, not {size}; --force replaces it")
-    with _held(out), _staging(out, name) as stage:
-        train_sentencepiece(out / name, languages, size, stage / "spm")
-        sync(stage / "spm.model")
-        (stage / "spm.model").replace(model)
-    return True
+        raw = locate(source, corpus, scratch)
+    assemble(corpus, raw, ready, accept_undigested)
 
 
 # --------------------------------------------------------------------------------------- the command line
@@ -331,6 +394,43 @@ def _help() -> str:
     return lines[0] + "\n\n" + "\n".join(lines[1:])
 
 
+#: The names that an option is for, where it is not for all.
+_TAKERS = {
+    "--from": tuple(CORPORA),
+    "--mirror": tuple(corpus.name for corpus in CORPORA.values() if corpus.fetchable),
+    "--seed": ("demo",),
+    "--size": ("demo",),
+    "--sentencepiece": (*(corpus.name for corpus in CORPORA.values() if corpus.languages), "demo"),
+    "--accept-unverified-train": tuple(corpus.name for corpus in CORPORA.values() if corpus.undigested),
+    "--force": NAMES,
+}
+
+
+def _misuse(name: str, out: Path, options: dict[str, object]) -> str | None:
+    """Why a command line makes no sense, in one line; None if it does.
+
+    Args:
+        name: NAME, which may be "list".
+        out: where the corpora live.
+        options: the others by name; None or False if not given.
+    """
+    if name not in (*NAMES, "list"):
+        return f"unknown corpus {name!r}; choose one of {', '.join(NAMES)}, or list"
+    given = [option for option, value in options.items() if value is not None and value is not False]
+    for option in given:
+        if name not in _TAKERS[option]:
+            return f"{option} has no effect on {name}: it is for {', '.join(_TAKERS[option])}"
+    if "--from" in given and "--mirror" in given:
+        return "--from takes the text from this machine and --mirror from another: give one of them"
+    source = options["--from"]
+    # Said even where the corpus is complete and needs no text: a mistyped path must not look right.
+    if isinstance(source, Path) and not source.exists():
+        return f"--from {source}: no such file or folder"
+    if out.exists() and not out.is_dir():
+        return f"--out: {out} is not a folder"
+    return None
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -346,9 +446,16 @@ def main(
         str | None,
         typer.Option(metavar="URL", help="Fetch the origin's files from below this address instead."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the demo corpus.")] = SEED,
-    size: Annotated[int, typer.Option(metavar="N", help="Training pairs of the demo corpus.")] = SIZE,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace what is there; with --sentencepiece, an intact corpus stays."),
+    ] = False,
+    # None unless given: for another corpus even the default's value would be a mistake.
+    seed: Annotated[int | None, typer.Option(help=f"Seed of the demo corpus.  [default: {SEED}]")] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(metavar="N", help=f"Training pairs of the demo corpus.  [default: {SIZE}]"),
+    ] = None,
     sentencepiece: Annotated[
         int | None,
         typer.Option(metavar="SIZE", min=1, help="Also train NAME/spm.model with so many pieces."),
@@ -361,24 +468,27 @@ def main(
         ),
     ] = False,
 ) -> None:
+    options = {
+        "--from": source,
+        "--mirror": mirror,
+        "--force": force,
+        "--seed": seed,
+        "--size": size,
+        "--sentencepiece": sentencepiece,
+        "--accept-unverified-train": accept_unverified_train,
+    }
+    if reason := _misuse(name, out, options):
+        say(f"get_data: {reason}")
+        raise typer.Exit(2)
     if name == "list":
         Console().print(_table())
         return
-    if name not in NAMES:
-        say(f"unknown corpus {name!r}; choose one of {', '.join(NAMES)}, or list")
-        raise typer.Exit(2)
-    if source is not None and mirror is not None:
-        say("--from takes the text from this machine and --mirror from another: give one of them")
-        raise typer.Exit(2)
+    demo = {"seed": SEED if seed is None else seed, "size": SIZE if size is None else size}
     final = out / name
     try:
-        done = prepare(name, out, source, mirror, force, seed, size, accept_unverified_train)
-        say(f"{final} is ready" if done else f"{final} is complete, nothing to do")
-        if done and name in CORPORA and CORPORA[name].partial and not accept_unverified_train:
-            say(f"note: {name} is partial: {CORPORA[name].partial}")
-        if sentencepiece is not None:
-            trained = add_sentencepiece(name, out, sentencepiece, force)
-            say(f"{final / 'spm.model'} {'is ready' if trained else 'is there, nothing to do'}")
+        done = prepare(
+            name, out, source, mirror, force, **demo, accept_undigested=accept_unverified_train, pieces=sentencepiece
+        )
     except DataError as error:
         say(f"get_data: {error}")
         raise typer.Exit(1) from error
@@ -386,6 +496,11 @@ def main(
         where = error.filename or final
         say(f"get_data: cannot prepare {name}: {where}: {error.strerror or error}")
         raise typer.Exit(1) from error
+    say(f"{final} is ready" if done.corpus else f"{final} is complete, nothing to do")
+    if done.corpus and name in CORPORA and CORPORA[name].partial and not accept_unverified_train:
+        say(f"note: {name} is partial: {CORPORA[name].partial}")
+    if sentencepiece is not None:
+        say(f"{final / _MODEL} {'is ready' if done.model else 'is there, nothing to do'}")
 
 
 if __name__ == "__main__":

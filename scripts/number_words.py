@@ -17,8 +17,6 @@ import random
 import re
 from dataclasses import dataclass
 
-from num2words import num2words
-
 #: Numbers run from 1 to this one (inclusive): above it German begins to write spaces (*eine Million*).
 LARGEST = 999_999
 
@@ -68,14 +66,21 @@ def join(pieces: list[str]) -> str:
     return "".join(pieces)
 
 
+def _spell(number: int, language: str) -> str:
+    """``number`` as num2words writes it."""
+    from num2words import num2words  # here, because get_data.py must do without for every other corpus
+
+    return num2words(number, lang=language)
+
+
 def german(number: int) -> str:
     """``number`` as a line of the source side: morphemes separated by spaces."""
-    return " ".join(segment(num2words(number, lang="de")))
+    return " ".join(segment(_spell(number, "de")))
 
 
 def english(number: int) -> str:
     """``number`` as a line of the target side: words separated by spaces."""
-    return " ".join(re.findall(r"[a-z]+", num2words(number, lang="en")))
+    return " ".join(re.findall(r"[a-z]+", _spell(number, "en")))
 
 
 def _draw(count: int, rng: random.Random) -> list[int]:

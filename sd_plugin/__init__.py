@@ -1,4 +1,4 @@
-"""Structured dropout that makes LSTM training faster.
+"""Structured dropout for LSTM training that leaves out the products of dropped units.
 
 The public names are loaded on first use. The start-up hook imports this package in every interpreter of the
 environment, so it must stay free of imports beyond the standard library, and nearly free of those.

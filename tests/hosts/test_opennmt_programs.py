@@ -1,7 +1,7 @@
 """OpenNMT-py's own console scripts with the plugin, on the first thousand sentence pairs of Multi30k.
 
-Needs OpenNMT-py and this project installed, and the data: ``data/multi30k`` (scripts/get_data.py makes it), or its
-archive in ``../shared/data``.
+Needs OpenNMT-py and this project installed, and the data: ``data/multi30k`` (scripts/get_data.py makes it), or
+``multi30k.tar.xz`` in the folder that ``SD_PLUGIN_TEST_DATA`` names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-ARCHIVE = ROOT.parent / "shared" / "data" / "multi30k.tar.xz"
+DATA = Path(os.environ.get("SD_PLUGIN_TEST_DATA") or ROOT.parent / "shared" / "data")
+ARCHIVE = DATA / "multi30k.tar.xz"
 SMALL = {
     "save_data": "samples",
     "src_vocab": "vocab.de",
@@ -79,7 +80,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prepared = ROOT / "data" / "multi30k"
     if not prepared.is_dir():
         if not ARCHIVE.exists():
-            pytest.skip("neither data/multi30k nor its archive in ../shared/data is there")
+            pytest.skip("no data/multi30k: set SD_PLUGIN_TEST_DATA to a folder with multi30k.tar.xz")
         script = [sys.executable, str(ROOT / "scripts" / "get_data.py"), "multi30k", "--from", str(ARCHIVE.parent)]
         subprocess.run([*script, "--out", str(folder / "data")], check=True, capture_output=True)
         prepared = folder / "data" / "multi30k"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +16,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = ROOT.parent / "shared" / "data"
 
 # As Python itself does for a script: the folder of the script is where its siblings are imported from.
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -48,6 +48,10 @@ class Program:
         """Everything in the folder of the corpora, hidden or not."""
         return sorted(path.name for path in self.out.iterdir()) if self.out.is_dir() else []
 
+    def contents(self) -> dict[str, bytes]:
+        """Every file below the folder of the corpora, with its bytes."""
+        return {str(path): path.read_bytes() for path in self.out.rglob("*") if path.is_file()}
+
 
 @pytest.fixture
 def get_data(tmp_path: Path) -> Program:
@@ -55,10 +59,33 @@ def get_data(tmp_path: Path) -> Program:
 
 
 @pytest.fixture
-def shared() -> Path:
-    if not SHARED.is_dir():
-        pytest.skip("../shared/data is not there: the texts may not be shipped with the project")
-    return SHARED
+def without(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """An environment in which modules look as if they were not installed."""
+
+    def environment(*modules: str) -> dict[str, str]:
+        folder = tmp_path / "not installed"
+        folder.mkdir()
+        for module in modules:
+            text = f"raise ModuleNotFoundError('No module named {module}', name={module!r})\n"
+            (folder / f"{module}.py").write_text(text)
+        # Searched before the folder of installed packages.
+        return {**os.environ, "PYTHONPATH": str(folder)}
+
+    return environment
+
+
+@pytest.fixture
+def archive_of() -> Callable[[str], Path]:
+    """Where the real text of a corpus lies; skips the test where it does not."""
+
+    def find(name: str) -> Path:
+        folder = os.environ.get("SD_PLUGIN_TEST_DATA") or ROOT.parent / "shared" / "data"
+        archive = Path(folder) / f"{name}.tar.xz"
+        if not archive.is_file():
+            pytest.skip(f"set SD_PLUGIN_TEST_DATA to a folder with {name}.tar.xz: the text may not be shipped")
+        return archive
+
+    return find
 
 
 @dataclass

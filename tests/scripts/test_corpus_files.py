@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
+import os
 import random
 import tarfile
+import threading
 from pathlib import Path
 
 import corpus_files
@@ -154,20 +157,20 @@ class TestCheck:
         file = File("f", "f", len(whole), digest(whole), Origin("u/f", len(raw), digest(raw), b"\n\n"))
         for content in (raw, whole):
             (tmp_path / "raw").write_bytes(content)
-            corpus_files.place(file, tmp_path / "raw", tmp_path / "f")
+            corpus_files.place(file, tmp_path / "raw", tmp_path / "f", "the raw one")
             assert (tmp_path / "f").read_bytes() == whole
 
     def test_wrongly_completed(self, tmp_path: Path) -> None:
         file = File("f", "f", 1, DIGEST, Origin("u/f", 1, digest(b"a"), b"b"))
         (tmp_path / "raw").write_bytes(b"a")
-        with pytest.raises(DataError, match="wrong digest"):
-            corpus_files.place(file, tmp_path / "raw", tmp_path / "f")
+        with pytest.raises(DataError, match="the raw one: wrong digest"):
+            corpus_files.place(file, tmp_path / "raw", tmp_path / "f", "the raw one")
 
     def test_without_a_digest_the_lines_are_counted(self, tmp_path: Path) -> None:
         (tmp_path / "raw").write_bytes(b"1\n2\n")
-        corpus_files.place(File("f", "f", None, None, lines=2), tmp_path / "raw", tmp_path / "f")
+        corpus_files.place(File("f", "f", None, None, lines=2), tmp_path / "raw", tmp_path / "f", "the raw one")
         with pytest.raises(DataError, match="2 lines instead of 3"):
-            corpus_files.place(File("f", "f", None, None, lines=3), tmp_path / "raw", tmp_path / "f")
+            corpus_files.place(File("f", "f", None, None, lines=3), tmp_path / "raw", tmp_path / "f", "the raw one")
 
     @pytest.fixture
     def parallel(self, tmp_path: Path) -> Path:
@@ -194,6 +197,39 @@ class TestCheck:
         assert corpus_files.squeeze_spaces(parallel, ("a", "b")) == 2
         assert (parallel / "train.a").read_bytes() == b"1 1\n2\n3\xc2\xa0x\n"
         assert corpus_files.squeeze_spaces(parallel, ("a", "b")) == 0
+
+
+class TestExclusive:
+    def test_folders_that_stay_empty_are_removed_again(self, tmp_path: Path) -> None:
+        with corpus_files.exclusive(tmp_path / "a" / "b", lambda: None):
+            assert (tmp_path / "a" / "b").is_dir()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_folders_that_were_there_or_are_filled_stay(self, tmp_path: Path) -> None:
+        (tmp_path / "old").mkdir()
+        with corpus_files.exclusive(tmp_path / "old", lambda: None):
+            pass
+        with corpus_files.exclusive(tmp_path / "new", lambda: None):
+            (tmp_path / "new" / "file").touch()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+    def test_a_folder_that_its_holder_removed_is_made_anew(self, tmp_path: Path) -> None:
+        folder, waits = tmp_path / "a", threading.Event()
+
+        def work() -> None:
+            with corpus_files.exclusive(folder, waits.set):
+                (folder / "result").touch()
+
+        worker = threading.Thread(target=work)
+        folder.mkdir()
+        held = os.open(folder, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        worker.start()
+        assert waits.wait(10)
+        folder.rmdir()
+        os.close(held)
+        worker.join(10)
+        assert (folder / "result").exists()
 
 
 class TestPublish:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("num2words")
-pytest.importorskip("sacrebleu")
+# Without these the script ends at once, and would end pytest.
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+pytest.importorskip("yaml")
 import demo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +51,7 @@ def test_missing_report_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_score() -> None:
+    pytest.importorskip("sacrebleu")
     lines = ["one hundred and twenty three", "forty two thousand and one"]
     bleu, signature = demo.score(lines, lines)
     assert bleu == pytest.approx(100)
@@ -82,8 +85,17 @@ def test_stock_run_keeps_the_plugin_out(monkeypatch: pytest.MonkeyPatch) -> None
     assert demo.environment(stock=False)["SD_PLUGIN"] == "nr_st"
 
 
+@pytest.mark.parametrize("module", ["typer", "rich", "yaml"])
+def test_what_it_needs_is_said_in_a_line(without, module: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=without(module))
+    assert done.returncode == 2
+    assert done.stderr == "demo.py needs typer, rich and PyYAML: pip install '.[demo]'\n"
+
+
 @pytest.mark.hosts
 def test_failed_stage_ends_the_demo(tmp_path: Path) -> None:
+    pytest.importorskip("num2words")
     if not Path(sys.executable).with_name("onmt_build_vocab").exists():
         pytest.skip("OpenNMT-py is not installed")
     for folder in ("scripts", "configs"):

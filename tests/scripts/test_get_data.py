@@ -18,8 +18,6 @@ from pathlib import Path
 import pytest
 from corpora import CORPORA, NAMES
 
-pytest.importorskip("num2words")
-
 
 def contents(folder: Path) -> dict[str, str]:
     """Digest of every file in a folder."""
@@ -68,15 +66,86 @@ class TestUse:
     def test_source_and_mirror_exclude_each_other(self, get_data) -> None:
         assert "--mirror" in get_data.fails("ptb", "--from", ".", "--mirror", "http://x", status=2)
 
-    def test_unverified_text_only_where_there_is_some(self, get_data) -> None:
-        line = get_data.fails("ptb", "--accept-unverified-train", "--from", ".")
-        assert "iwslt14-de-en" in line
+    @pytest.mark.parametrize(
+        ("name", "option", "meant_for"),
+        [
+            ("demo", ("--from", "."), "multi30k"),
+            ("demo", ("--mirror", "http://x"), "multi30k"),
+            ("multi30k", ("--seed", 3), "demo"),
+            ("multi30k", ("--seed", 1234), "demo"),
+            ("ptb", ("--size", 16_000), "demo"),
+            ("ptb", ("--sentencepiece", 100), "multi30k"),
+            ("ptb", ("--accept-unverified-train",), "iwslt14-de-en"),
+            ("demo", ("--accept-unverified-train",), "iwslt14-de-en"),
+            ("iwslt14-de-en", ("--mirror", "http://x"), "multi30k"),
+            ("list", ("--force",), "ptb"),
+        ],
+    )
+    def test_options_without_effect_are_refused(self, get_data, name: str, option: tuple, meant_for: str) -> None:
+        line = get_data.fails(name, *option, status=2)
+        assert f"{option[0]} has no effect on {name}" in line
+        assert meant_for in line
+        assert not get_data.out.exists()
+
+    def test_no_such_source(self, get_data, tmp_path: Path) -> None:
+        line = get_data.fails("ptb", "--from", tmp_path / "nowhere", status=2)
+        assert f"--from {tmp_path / 'nowhere'}: no such file or folder" in line
+        assert not get_data.out.exists()
+
+    @pytest.mark.parametrize("name", ["ptb", "demo"])
+    def test_out_is_a_file(self, get_data, name: str) -> None:
+        get_data.out.write_text("")
+        assert f"{get_data.out} is not a folder" in get_data.fails(name, status=2)
 
     def test_what_has_no_verified_origin_is_not_fetched(self, get_data) -> None:
         line = get_data.fails("iwslt14-de-en")
         assert "cannot be fetched" in line
         assert "--from" in line
-        assert get_data.left() == []
+        assert not get_data.out.exists()
+
+
+class TestNotInstalled:
+    """What a use does not need may be missing."""
+
+    def test_list_and_help_without_num2words(self, get_data, without) -> None:
+        environment = without("num2words")
+        for arguments in (["list"], ["--help"]):
+            done = get_data(*arguments, env=environment)
+            assert (done.returncode, done.stderr) == (0, "")
+            assert "multi30k" in done.stdout
+
+    def test_other_corpora_without_num2words(self, get_data, without, archive_of) -> None:
+        done = get_data("multi30k", "--from", archive_of("multi30k"), env=without("num2words"))
+        assert done.returncode == 0, done.stderr
+        assert get_data.left() == ["multi30k"]
+
+    def test_other_corpora_fail_for_their_own_reasons(self, get_data, without, tmp_path: Path) -> None:
+        line = get_data.fails("multi30k", "--from", tmp_path, env=without("num2words"))
+        assert "num2words" not in line
+        assert "multi30k.tar.xz" in line
+
+    def test_demo_says_that_it_needs_num2words(self, get_data, without) -> None:
+        line = get_data.fails("demo", env=without("num2words"))
+        assert line == "get_data: the demo corpus needs num2words: pip install '.[demo]'"
+        assert not get_data.out.exists()
+
+    def test_sentencepiece_is_missed_before_anything_is_done(self, get_data, without, server) -> None:
+        options = ("--sentencepiece", 60, "--mirror", server.url)
+        line = get_data.fails("multi30k", *options, env=without("sentencepiece"))
+        assert line == "get_data: --sentencepiece needs sentencepiece: pip install sentencepiece"
+        assert not get_data.out.exists()
+
+    @pytest.mark.parametrize("module", ["typer", "rich"])
+    def test_what_every_use_needs_is_said_in_a_line(self, get_data, without, module: str) -> None:
+        line = get_data.fails("list", status=2, env=without(module))
+        assert line == "get_data.py needs typer and rich: pip install '.[demo]'"
+
+    def test_reason_for_skipping_says_how_to_run(self, archive_of, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setenv("SD_PLUGIN_TEST_DATA", str(tmp_path))
+        with pytest.raises(pytest.skip.Exception, match=r"set SD_PLUGIN_TEST_DATA to a folder with ptb\.tar\.xz"):
+            archive_of("ptb")
+        (tmp_path / "ptb.tar.xz").touch()
+        assert archive_of("ptb") == tmp_path / "ptb.tar.xz"
 
 
 class TestFailures:
@@ -104,27 +173,32 @@ class TestFailures:
 
     def test_file_missing_in_the_archive(self, get_data, tmp_path: Path) -> None:
         path = ptb_archive(tmp_path / "ptb.tar.gz", valid=None)
-        assert "ptb.valid.txt" in get_data.fails("ptb", "--force", "--from", path)
+        line = get_data.fails("ptb", "--force", "--from", path)
+        assert line == f"get_data: {path} holds no ptb.valid.txt: it is not all of ptb"
+
+    def test_archive_of_another_corpus(self, get_data, tmp_path: Path) -> None:
+        path = ptb_archive(tmp_path / "ptb.tar.gz")
+        line = get_data.fails("multi30k", "--from", path)
+        assert line == f"get_data: {path} holds no tok/train.lc.norm.tok.de: it is not multi30k"
+        line = get_data.fails("iwslt14-de-en", "--from", path)
+        assert f"{path} holds no train.partial.de: it is not iwslt14-de-en; " in line
+        assert "fairseq" in line
 
     def test_file_missing_in_the_folder(self, get_data, tmp_path: Path) -> None:
         line = get_data.fails("ptb", "--force", "--from", tmp_path)
-        assert "ptb.train.txt" in line
-        assert str(tmp_path) in line
-
-    def test_no_such_source(self, get_data, tmp_path: Path) -> None:
-        assert "nowhere: no such file" in get_data.fails("ptb", "--force", "--from", tmp_path / "nowhere")
+        assert line == f"get_data: neither ptb.tar.xz nor ptb.train.txt in {tmp_path}"
 
     def test_wrong_digest_in_an_archive(self, get_data, tmp_path: Path) -> None:
-        ptb_archive(tmp_path / "ptb.tar.gz")
+        path = ptb_archive(tmp_path / "ptb.tar.gz")
         line = get_data.fails("ptb", "--force", "--from", tmp_path)
-        assert "ptb.train.txt: wrong digest" in line
+        assert f"{path}: ptb/ptb.train.txt: wrong digest" in line
         assert CORPORA["ptb"].files[0].sha256 in line
 
     def test_wrong_digest_from_a_mirror(self, get_data, server) -> None:
         server.files = {file.output: bytes(file.size) for file in CORPORA["ptb"].files}
         line = get_data.fails("ptb", "--force", "--mirror", server.url)
         assert "ptb.train.txt: wrong digest" in line
-        assert list((get_data.out / ".ptb.download").iterdir()) == []
+        assert get_data.left() == ["ptb"]
 
     def test_missing_at_the_mirror(self, get_data, server) -> None:
         assert "404" in get_data.fails("ptb", "--force", "--mirror", server.url)
@@ -141,9 +215,31 @@ class TestFailures:
         assert "File too large" in line
 
 
-def test_out_is_a_file(get_data) -> None:
-    get_data.out.write_text("")
-    assert str(get_data.out) in get_data.fails("demo")
+class TestNothingThere:
+    """A run that fails removes the folders that it made, and no others."""
+
+    @pytest.fixture(params=["data", "deep/data"])
+    def missing(self, get_data, tmp_path: Path, request):
+        get_data.out = tmp_path / request.param
+        yield
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.usefixtures("missing")
+    def test_source_without_the_corpus(self, get_data) -> None:
+        get_data.fails("multi30k", "--from", Path(__file__).parent)
+
+    @pytest.mark.usefixtures("missing")
+    def test_nothing_fetched(self, get_data, server) -> None:
+        get_data.fails("multi30k", "--mirror", server.url)
+
+    @pytest.mark.usefixtures("missing")
+    def test_impossible_size(self, get_data) -> None:
+        assert "--size 999999: at most" in get_data.fails("demo", "--size", 999_999)
+
+    def test_an_empty_folder_of_the_user_stays(self, get_data) -> None:
+        get_data.out.mkdir()
+        get_data.fails("demo", "--size", 0)
+        assert get_data.out.is_dir()
 
 
 def test_out_may_not_be_written(get_data) -> None:
@@ -158,6 +254,10 @@ SMALL = ("demo", "--size", 300)
 
 
 class TestDemo:
+    @pytest.fixture(autouse=True)
+    def _num2words(self) -> None:
+        pytest.importorskip("num2words")
+
     def test_is_determined_by_the_seed_and_made_once(self, get_data, tmp_path: Path) -> None:
         assert get_data(*SMALL).returncode == 0
         first = contents(get_data.out / "demo")
@@ -215,34 +315,74 @@ class TestDemo:
             assert "is ready" in process.stderr.read()
         assert process.returncode == 0
 
-    def test_impossible_size(self, get_data) -> None:
-        assert "--size 999999: at most" in get_data.fails("demo", "--size", 999_999)
-        assert get_data.left() == []
 
-    def test_sentencepiece(self, get_data) -> None:
+class TestSentencepiece:
+    """--sentencepiece on a corpus that is there, intact or not, and on one that is not."""
+
+    @pytest.fixture(autouse=True)
+    def _installed(self) -> None:
+        pytest.importorskip("num2words")
         pytest.importorskip("sentencepiece")
+
+    @pytest.fixture
+    def model(self, get_data) -> Path:
         assert get_data(*SMALL, "--sentencepiece", 60).returncode == 0
-        model = (get_data.out / "demo" / "spm.model").read_bytes()
+        return get_data.out / "demo" / "spm.model"
+
+    def test_is_trained_once(self, get_data) -> None:
+        assert get_data(*SMALL, "--sentencepiece", 60).returncode == 0
         assert get_data.left() == ["demo"]
         again = get_data(*SMALL, "--sentencepiece", 60)
         assert (again.returncode, "is there, nothing to do" in again.stderr) == (0, True)
         refused = get_data(*SMALL, "--sentencepiece", 50)
         assert refused.returncode == 1
         assert "has 60 pieces, not 50" in refused.stderr
-        impossible = get_data(*SMALL, "--sentencepiece", 9999, "--force")
-        assert impossible.returncode == 1
-        assert "--sentencepiece 9999: " in impossible.stderr
-        assert "<=" in impossible.stderr
-        assert get_data(*SMALL, "--sentencepiece", 60).returncode == 0
-        assert (get_data.out / "demo" / "spm.model").read_bytes() == model
+
+    def test_force_replaces_only_the_model(self, get_data, model: Path) -> None:
+        text, old = model.with_name("train.de").stat(), model.read_bytes()
+        done = get_data(*SMALL, "--sentencepiece", 50, "--force")
+        assert done.returncode == 0, done.stderr
+        assert model.read_bytes() != old
+        # The very same file, not one of equal text made again.
+        assert model.with_name("train.de").stat() == text
+        assert get_data.left() == ["demo"]
+
+    def test_force_fetches_nothing_for_it(self, get_data, archive_of, server) -> None:
+        assert get_data("multi30k", "--from", archive_of("multi30k")).returncode == 0
+        done = get_data("multi30k", "--mirror", server.url, "--sentencepiece", 200, "--force")
+        assert done.returncode == 0, done.stderr
+        assert server.asked == []
+        assert (get_data.out / "multi30k" / "spm.model").exists()
+
+    def test_force_replaces_a_changed_corpus_too(self, get_data, model: Path) -> None:
+        before = get_data.contents()
+        model.with_name("train.de").write_text("changed\n")
+        assert "was changed" in get_data.fails(*SMALL, "--sentencepiece", 60)
+        assert get_data(*SMALL, "--sentencepiece", 60, "--force").returncode == 0
+        assert get_data.contents() == before
+
+    @pytest.mark.parametrize("changed", [False, True])
+    def test_failed_training_changes_nothing(self, get_data, model: Path, changed: bool) -> None:
+        if changed:
+            model.with_name("train.de").write_text("changed\n")
+        before = get_data.contents()
+        line = get_data.fails(*SMALL, "--sentencepiece", 9999, "--force")
+        assert line.startswith("get_data: --sentencepiece 9999: ")
+        assert "<=" in line
+        assert get_data.contents() == before
+        assert get_data.left() == ["demo"]
+
+    def test_failed_training_of_a_new_corpus_leaves_nothing(self, get_data) -> None:
+        get_data.fails(*SMALL, "--sentencepiece", 9999)
+        assert not get_data.out.exists()
 
 
 class TestRealText:
     """With the texts that may not be shipped."""
 
     @pytest.mark.parametrize("name", CORPORA)
-    def test_from_an_archive(self, get_data, shared: Path, name: str) -> None:
-        done = get_data(name, "--from", shared)
+    def test_from_an_archive(self, get_data, archive_of, name: str) -> None:
+        done = get_data(name, "--from", archive_of(name).parent)
         assert done.returncode == 0, done.stderr
         assert get_data.left() == [name]
         corpus = CORPORA[name]
@@ -254,9 +394,11 @@ class TestRealText:
         assert corpus.licence in readme
         assert ("PARTIAL" in readme) == ("partial" in done.stderr) == (name == "iwslt14-de-en")
         assert "nothing to do" in get_data(name).stderr
+        # A wrong path is a mistake even where it is not needed.
+        assert "nowhere: no such file" in get_data.fails(name, "--from", "nowhere", status=2)
 
-    def test_from_raw_files_and_from_what_the_origin_serves(self, get_data, shared: Path, tmp_path: Path) -> None:
-        with tarfile.open(shared / "conll2003.tar.xz") as tar:
+    def test_from_raw_files_and_from_what_the_origin_serves(self, get_data, archive_of, tmp_path: Path) -> None:
+        with tarfile.open(archive_of("conll2003")) as tar:
             tar.extractall(tmp_path / "raw", filter="data")
         for file in CORPORA["conll2003"].files:
             path = tmp_path / "raw" / "conll2003" / file.output
@@ -266,8 +408,8 @@ class TestRealText:
         found = contents(get_data.out / "conll2003")
         assert all(found[file.output] == file.sha256 for file in CORPORA["conll2003"].files)
 
-    def test_download_killed_and_continued(self, get_data, shared: Path, server) -> None:
-        with tarfile.open(shared / "ptb.tar.xz") as tar:
+    def test_download_killed_and_continued(self, get_data, archive_of, server) -> None:
+        with tarfile.open(archive_of("ptb")) as tar:
             for file in CORPORA["ptb"].files:
                 server.files[file.output] = tar.extractfile(f"ptb/{file.output}").read()
         server.pause, server.piece = 0.05, 1 << 18
@@ -289,8 +431,8 @@ class TestRealText:
         found = contents(get_data.out / "ptb")
         assert all(found[file.output] == file.sha256 for file in CORPORA["ptb"].files)
 
-    def test_all_of_iwslt14_only_on_request_and_labelled(self, get_data, shared: Path, tmp_path: Path) -> None:
-        with tarfile.open(shared / "iwslt14-de-en.tar.xz") as tar:
+    def test_all_of_iwslt14_only_on_request_and_labelled(self, get_data, archive_of, tmp_path: Path) -> None:
+        with tarfile.open(archive_of("iwslt14-de-en")) as tar:
             tar.extractall(tmp_path, filter="data")
         raw = tmp_path / "iwslt14-de-en"
         shutil.rmtree(raw / "sets")

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
 
+import number_words
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-number_words = pytest.importorskip("number_words", reason="num2words is not installed")
-from num2words import num2words  # noqa: E402  (after the check that it is there)
-
+spells = pytest.mark.skipif(importlib.util.find_spec("num2words") is None, reason="num2words is not installed")
 numbers = st.integers(1, number_words.LARGEST)
 SMALL = number_words.Sizes(train=60, valid=10, test=20)
 
 
+@spells
 @given(numbers)
 def test_joining_the_morphemes_restores_the_german_word(number: int) -> None:
+    from num2words import num2words
+
     word = num2words(number, lang="de")
     pieces = number_words.segment(word)
     assert number_words.join(pieces) == word
     assert number_words.german(number).split(" ") == pieces
 
 
+@spells
 @given(numbers)
 def test_english_keeps_every_letter_and_has_no_empty_word(number: int) -> None:
+    from num2words import num2words
+
     line = number_words.english(number)
     assert line.replace(" ", "") == re.sub(r"[-, ]", "", num2words(number, lang="en"))
     assert "" not in line.split(" ")
 
 
+@spells
 @given(numbers, numbers)
 def test_different_numbers_are_different_sentences(one: int, other: int) -> None:
     assert (number_words.german(one) == number_words.german(other)) == (one == other)
     assert (number_words.english(one) == number_words.english(other)) == (one == other)
 
 
+@spells
 @pytest.mark.parametrize(
     ("number", "german", "english"),
     [
@@ -79,6 +87,7 @@ def test_another_seed_gives_another_corpus() -> None:
     assert number_words.make(1, SMALL) != number_words.make(2, SMALL)
 
 
+@spells
 def test_training_covers_the_vocabulary_of_both_languages() -> None:
     parts = number_words.make(1234)
     for words in (number_words.german, number_words.english):

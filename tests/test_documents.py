@@ -1,0 +1,38 @@
+"""What the documents say is what the project does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_of_the_readme_runs_and_loses_no_hint() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
+    rows = re.findall(r"^  (lstm\S+) +1 +50.0% +50.0% +0 +(\d+)$", done.stdout, re.MULTILINE)
+    assert dict(rows) == dict.fromkeys(("lstm.l0.recurrent", "lstm.l1.input", "lstm.l1.recurrent", "lstm.output"), "0")
+    assert "slow path" not in done.stderr
+
+
+def test_the_options_in_the_readme_are_those_of_the_code() -> None:
+    source = (ROOT / "sd_plugin" / "opennmt" / "options.py").read_text(encoding="utf-8")
+    options = re.findall(r'^    "(sd_\w+)": \{$', source, re.MULTILINE)
+    assert len(options) == 4
+    assert all(f"| `{name}` |" in README for name in options)
+
+
+def test_the_table_of_results_is_what_the_logs_give() -> None:
+    script = ROOT / "benchmarks" / "summarize_logs.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for document in (ROOT / "README.md", ROOT / "docs" / "design.md", ROOT / "benchmarks" / "results" / "README.md"):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (document.parent / target).exists(), f"{document.name}: {target}"
