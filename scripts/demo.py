@@ -207,12 +207,12 @@ def score(hypotheses: list[str], references: list[str]) -> tuple[float, str]:
     return bleu.score, str(metric.get_signature())
 
 
-def show(sources: list[str], hypotheses: list[str], references: list[str], rows: int = 8) -> None:
-    """Print a few translations; wrong ones first, if there are any."""
+def show(sources: list[str], hypotheses: list[str], references: list[str], rows: int = 5, wrong: int = 3) -> None:
+    """Print the first ``rows`` translations, then up to ``wrong`` of the wrong ones among the rest."""
     triples = list(zip(sources, hypotheses, references, strict=True))
-    triples.sort(key=lambda triple: triple[1] == triple[2])
-    table = Table("German", "translated", "correct", title="held-out numbers")
-    for source, hypothesis, reference in triples[:rows]:
+    mistakes = [triple for triple in triples[rows:] if triple[1] != triple[2]]
+    table = Table("German", "translated", "correct", title=f"the first {rows} held-out numbers, then mistakes")
+    for source, hypothesis, reference in triples[:rows] + mistakes[:wrong]:
         style = "" if hypothesis == reference else "red"
         table.add_row(source, hypothesis, reference, style=style)
     _out.print(table)
