@@ -117,6 +117,9 @@ class StackedRun:
         Args:
             input: ``[B, input_size]``, dropped already; its hint, if any, is of one step.
             hidden: ``h`` and ``c``, ``[num_layers, B, H]``.
+
+        Returns:
+            ``[B, H]``, with its hint, and ``h`` and ``c`` as given.
         """
         states = []
         for layer, (h, c) in enumerate(zip(*hidden, strict=True)):

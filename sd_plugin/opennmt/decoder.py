@@ -45,6 +45,15 @@ def _adopt_attention(attention: Any) -> bool:
     return linears["linear_in"] is not None or linears["linear_query"] is not None
 
 
+def _follow(decoder: Any, dropout: float) -> None:
+    """Set the dropout of the sites that both decoders have; each sets the one between its layers itself."""
+    decoder.dropout.p = dropout
+    decoder.rnn.recurrent_dropout = decoder.settings.recurrent_dropout(dropout)
+    # Without attention the LSTM's output is the decoder's, which has a dropout already.
+    decoder.rnn.output_dropout = decoder.settings.output_dropout(dropout) if decoder.attentional else 0.0
+    update_embeddings(decoder.embeddings, dropout)
+
+
 class StructuredRNNDecoder(DecoderBase):
     """Chooses the decoder that the options ask for, as OpenNMT-py does for its own name ``rnn`` alone."""
 
@@ -87,12 +96,8 @@ class StructuredStdRNNDecoder(StdRNNDecoder):
 
     def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
         """Set the dropout of every site that follows ``dropout``."""
-        self.dropout.p = dropout
         self.rnn.dropout = dropout
-        self.rnn.recurrent_dropout = self.settings.recurrent_dropout(dropout)
-        # Without attention the LSTM's output is the decoder's, which has a dropout already.
-        self.rnn.output_dropout = self.settings.output_dropout(dropout) if self.attentional else 0.0
-        update_embeddings(self.embeddings, dropout)
+        _follow(self, dropout)
 
 
 class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
@@ -122,11 +127,8 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
 
     def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
         """Set the dropout of every site that follows ``dropout``."""
-        self.dropout.p = dropout
         self.rnn.dropout.p = dropout
-        self.rnn.recurrent_dropout = self.settings.recurrent_dropout(dropout)
-        self.rnn.output_dropout = self.settings.output_dropout(dropout) if self.attentional else 0.0
-        update_embeddings(self.embeddings, dropout)
+        _follow(self, dropout)
 
     def _run_forward_pass(
         self, tgt: Tensor, enc_out: Tensor, src_len: Tensor | None = None

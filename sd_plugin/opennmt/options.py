@@ -203,9 +203,12 @@ def check_resumed(asked: Namespace, stored: Namespace) -> str | None:
             f"the checkpoint was trained with structured dropout (sd_mode {mode}) and continues without: its {types} "
             "are OpenNMT-py's own; set SD_PLUGIN=1 to keep it"
         )
+    # A stock checkpoint names no mode and no sampling: what it then gets is what resolve() gives it.
+    unset = {"sd_mode": replacement.mode or "nr_rh_st", "sd_sampling": "exact"}
     for name in OPTIONS:
         wanted, kept = getattr(asked, name, None), getattr(stored, name, None)
-        if wanted is not None and wanted != kept and not (kept is None and name == "sd_mode"):
+        kept = unset.get(name) if kept is None else kept
+        if wanted is not None and wanted != kept:
             raise UsageError(
                 f"{name} {wanted}: the checkpoint's own ({kept}) holds when it is resumed; leave {name} out, "
                 "or give -override_opts"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from argparse import Namespace
 from collections.abc import Iterator
 
 import pytest
@@ -234,6 +235,18 @@ def test_misspelt_keys_are_refused(argument: str, strict: bool) -> None:
     with pytest.raises(UsageError, match="unknown option"):
         check_unknown([argument], strict)
     check_unknown(["--sdk", "--seed_x", "sd_mode", "-s"], strict)
+
+
+def test_a_mode_asked_of_a_stock_checkpoint_is_not_ignored_in_silence() -> None:
+    from sd_plugin.opennmt.options import check_resumed
+
+    stock = models.options(encoder_type="rnn", decoder_type="rnn")
+    patch.enable(replace=True, mode="nr_st")
+    for accepted in ({}, {"sd_mode": "nr_st"}, {"sd_sampling": "exact"}):
+        assert check_resumed(Namespace(**{**vars(stock), **accepted}), stock) is None
+    for refused in ({"sd_mode": "nr_rh_st"}, {"sd_sampling": "bernoulli"}, {"sd_output_dropout": 0.1}):
+        with pytest.raises(UsageError, match="the checkpoint's own"):
+            check_resumed(Namespace(**{**vars(stock), **refused}), stock)
 
 
 def test_modes_are_the_same_everywhere() -> None:
