@@ -10,12 +10,10 @@ stays as it is until its successor is complete. Exit status: 0 done or nothing t
 """
 
 import contextlib
-import importlib
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Annotated, NamedTuple
 
 try:
@@ -28,6 +26,7 @@ except ImportError:
     raise SystemExit(2) from None
 
 import number_words
+import subwords
 from corpora import CORPORA, NAMES, Corpus, Origin
 from corpus_files import (
     DataError,
@@ -43,7 +42,6 @@ from corpus_files import (
     publish,
     recover,
     squeeze_spaces,
-    sync,
     verify_prepared,
     write_manifest,
 )
@@ -57,8 +55,6 @@ SIZE = number_words.Sizes().train
 _DEMO_MB = "1.8"
 #: Its source and target.
 _DEMO_LANGUAGES = ("de", "en")
-#: Name of the sentencepiece model in a prepared folder.
-_MODEL = "spm.model"
 
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -179,51 +175,6 @@ def _spell_out(parts: dict[str, list[int]], stage: Path, total: int) -> None:
                 (stage / f"{part}.{language}").write_text("".join(lines), encoding="utf-8")
 
 
-def _sentencepiece() -> ModuleType:
-    """The module sentencepiece; imported here, because all but ``--sentencepiece`` does without.
-
-    Raises:
-        DataError: it is not installed.
-    """
-    try:
-        return importlib.import_module("sentencepiece")
-    except ImportError as error:
-        raise DataError("--sentencepiece needs sentencepiece: pip install sentencepiece") from error
-
-
-def train_sentencepiece(folder: Path, languages: tuple[str, str], size: int, stage: Path) -> Path:
-    """Train one subword model on both sides of the training text.
-
-    Args:
-        folder: a prepared corpus.
-        languages: its two languages.
-        size: number of pieces.
-        stage: a working folder.
-
-    Returns:
-        The model, in ``stage``.
-
-    Raises:
-        DataError: the text cannot be cut into that many pieces.
-    """
-    try:
-        _sentencepiece().SentencePieceTrainer.train(
-            input=[str(folder / f"train.{language}") for language in languages],
-            model_prefix=str(stage / "spm"),
-            vocab_size=size,
-            character_coverage=1.0,
-            num_threads=1,  # the model must not depend on the machine
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        # Its message begins with the C++ source line and the failed assertion, bracketed.
-        reason = str(error).strip().splitlines()[-1].rsplit("] ", 1)[-1]
-        raise DataError(f"--sentencepiece {size}: {reason}") from error
-    model = stage / _MODEL
-    sync(model)
-    return model
-
-
 # ------------------------------------------------------------------------------------------ the procedure
 
 
@@ -277,7 +228,7 @@ def prepare(
     final = out / name
     recipe = {"seed": seed, "size": size} if name == "demo" else {"unverified train": accept_undigested}
     if pieces is not None:
-        _sentencepiece()  # before a long download
+        subwords.library()  # before a long download
     with exclusive(out, on_wait=lambda: say(f"waiting for another run to be done with {out}")):
         recover(final)
         if _stays(final, recipe, force, pieces):
@@ -292,7 +243,7 @@ def prepare(
             # The manifest does not list the model, which may be replaced later.
             write_manifest(ready, recipe)
             if pieces is not None:
-                train_sentencepiece(ready, _languages(name), pieces, stage).replace(ready / _MODEL)
+                subwords.train(ready, _languages(name), pieces, stage).replace(ready / subwords.MODEL)
             publish(ready, final)
         shutil.rmtree(_downloads(out, name), ignore_errors=True)
     return Done(True, pieces is not None)
@@ -331,17 +282,17 @@ def _set_model(name: str, out: Path, pieces: int, force: bool) -> bool:
     Raises:
         DataError: another model is there and ``force`` is not given, or none of this size can be had.
     """
-    model = out / name / _MODEL
+    model = out / name / subwords.MODEL
     if model.exists() and not force:
         try:
-            found = _sentencepiece().SentencePieceProcessor(model_file=str(model)).vocab_size()
+            found = subwords.library().SentencePieceProcessor(model_file=str(model)).vocab_size()
         except RuntimeError as error:
             raise DataError(f"{model} is damaged; --force replaces it") from error
         if found == pieces:
             return False
         raise DataError(f"{model} has {found} pieces, not {pieces}; --force replaces it")
     with _staging(out, name) as stage:
-        train_sentencepiece(out / name, _languages(name), pieces, stage).replace(model)
+        subwords.train(out / name, _languages(name), pieces, stage).replace(model)
     return True
 
 
@@ -500,7 +451,7 @@ def main(
     if done.corpus and name in CORPORA and CORPORA[name].partial and not accept_unverified_train:
         say(f"note: {name} is partial: {CORPORA[name].partial}")
     if sentencepiece is not None:
-        say(f"{final / _MODEL} {'is ready' if done.model else 'is there, nothing to do'}")
+        say(f"{final / subwords.MODEL} {'is ready' if done.model else 'is there, nothing to do'}")
 
 
 if __name__ == "__main__":
