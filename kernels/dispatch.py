@@ -1,7 +1,8 @@
 """Chooses the backend of each call from the operands' device and dtype and from what is available here.
 
 ``SD_PLUGIN_BACKEND`` forces one; a forced backend that cannot run is an error, never a silent fallback. A backend
-that would have been preferred but cannot do a call is counted in :data:`fallbacks`.
+that would have been preferred but cannot do a call is counted in :data:`fallbacks`. One that is made for the operands'
+device but cannot run on this machine is warned about, once: everything would be slow and nobody would know why.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections import Counter
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,6 +27,7 @@ VARIABLE = "SD_PLUGIN_BACKEND"
 BACKENDS: dict[str, str | None] = {"cuda": "cuda", "cpu": "cpu", "reference": None}
 #: (operation, backend passed over, reason) -> number of calls that went to a slower backend instead.
 fallbacks: Counter[tuple[str, str, str]] = Counter()
+_NOT_INCLUDED = "this version of sd-plugin does not include it"
 
 
 class BackendError(RuntimeError):
@@ -42,10 +45,13 @@ class Backend(Protocol):
     def reason_unsupported(self, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why it cannot do this call; None when it can."""
 
-    def gemm_fp(self, x: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
+    def gemm_pack(self, weight_t: Tensor) -> Any:
+        """A weight in the backend's own layout; never a view of it."""
+
+    def gemm_fp(self, x: Tensor, weight: Any, bias: Tensor | None, kept: Kept | None, steps: Steps) -> Tensor:
         """Column-sparse input product."""
 
-    def gemm_bp(self, dy: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
+    def gemm_bp(self, dy: Tensor, weight: Any, kept: Kept | None, steps: Steps) -> Tensor:
         """Column-sparse output product."""
 
     def gemm_wg(self, x: Tensor, dy: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
@@ -65,14 +71,27 @@ class Backend(Protocol):
 def _load(name: str) -> tuple[Backend | None, str | None]:
     """The backend's module, or why there is none. Asked once per process: the answer cannot change."""
     package = f"{__package__}.{name}"
-    if importlib.util.find_spec(package) is None:
-        return None, "this version of sd-plugin does not include it"
+    spec = importlib.util.find_spec(package)
+    # A folder without an __init__.py is what another version leaves behind, __pycache__ mostly.
+    if spec is None or (spec.origin is None and spec.submodule_search_locations is not None):
+        return None, _NOT_INCLUDED
     try:
         backend: Any = importlib.import_module(package)
     except (ImportError, OSError) as error:
         return None, f"it failed to import ({error})"
     reason = backend.reason_unavailable()
     return (None, reason) if reason else (backend, None)
+
+
+@cache
+def _warn_unavailable(name: str, reason: str) -> None:
+    """Says that everything a backend is made for goes to a slower one. Cached: once per process."""
+    warnings.warn(
+        f"sd-plugin: the {name} backend cannot run, so the slower reference backend is used: {reason}. "
+        f"Or set {VARIABLE}=reference to say so yourself",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def status() -> dict[str, str | None]:
@@ -98,7 +117,7 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, counted: bo
     """The backend for ``operation`` on operands of this device and dtype.
 
     Args:
-        counted: a preferred backend that is passed over counts as a fallback; False only to ask.
+        counted: a preferred backend that is passed over counts as a fallback, or is warned about; False only to ask.
 
     Raises:
         BackendError: the backend forced by ``SD_PLUGIN_BACKEND`` is unknown, unavailable or cannot do it.
@@ -117,8 +136,10 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, counted: bo
     for candidate, made_for in BACKENDS.items():
         if made_for not in (None, device.type):
             continue
-        backend, _ = _load(candidate)
+        backend, reason = _load(candidate)
         if backend is None:
+            if counted and made_for and reason and reason != _NOT_INCLUDED:
+                _warn_unavailable(candidate, reason)
             continue
         reason = backend.reason_unsupported(operation, device, dtype)
         if reason is None:

@@ -13,16 +13,50 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def gemm_fp(x: Tensor, weight_t: Tensor, kept: Kept | None = None, steps: Steps = TIME_MAJOR) -> Tensor:
-    """Forward product with a column-sparse input: ``y_t = scale · x_t[:, kept_t] @ weight_t[kept_t, :]``.
+class PackedMatrix(NamedTuple):
+    """A weight in the layout of the backend that will multiply it.
+
+    A snapshot: pack again after the weight has changed.
+    """
+
+    backend: Backend
+    data: Any
+    shape: tuple[int, int]  #: ``(K, N)``
+    dtype: torch.dtype
+    device: torch.device
+
+
+def gemm_pack(weight_t: Tensor) -> PackedMatrix:
+    """Lay a weight out once for several :func:`gemm_fp` and :func:`gemm_bp`.
+
+    Args:
+        weight_t: ``[K, N]``, K-major; any strides (the transposed view of a contiguous ``[N, K]`` is not copied first).
+
+    Raises:
+        ValueError: it is not a matrix.
+    """
+    if weight_t.dim() != 2:
+        raise ValueError(f"weight_t must be [K, N], got shape {tuple(weight_t.shape)}")
+    return _packed("gemm_fp", weight_t)
+
+
+def gemm_fp(
+    x: Tensor,
+    weight_t: Tensor | PackedMatrix,
+    kept: Kept | None = None,
+    steps: Steps = TIME_MAJOR,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Forward product with a column-sparse input: ``y_t = scale · x_t[:, kept_t] @ weight_t[kept_t, :] + bias``.
 
     Columns of ``x`` that are not kept are not read: they count as zero whatever they hold.
 
     Args:
         x: ``[T, B, K]`` (or as ``steps`` says), any floating dtype, any strides.
-        weight_t: ``[K, N]``, K-major, same dtype and device.
+        weight_t: ``[K, N]``, K-major, same dtype and device, or packed by :func:`gemm_pack`.
         kept: kept units ``[T, k]`` of ``K``; None multiplies densely.
         steps: which rows belong to which time step.
+        bias: ``[N]`` or None.
 
     Returns:
         ``[T, B, N]`` (or as ``steps`` says). Half types are accumulated in float32.
@@ -35,15 +69,20 @@ def gemm_fp(x: Tensor, weight_t: Tensor, kept: Kept | None = None, steps: Steps 
     steps.check("x", x)
     _check_columns("x", x, weight_t, 0)
     _check_kept("kept", kept, steps.count(x), weight_t.shape[0], x)
-    return choose("gemm_fp", x.device, x.dtype).gemm_fp(x, weight_t, kept, steps)
+    if bias is not None:
+        if bias.shape != weight_t.shape[1:]:
+            raise ValueError(f"bias must be [{weight_t.shape[1]}], got {tuple(bias.shape)}")
+        _check_same_kind("bias", bias, x)
+    packed = _packed("gemm_fp", weight_t)
+    return packed.backend.gemm_fp(x, packed.data, bias, kept, steps)
 
 
-def gemm_bp(dy: Tensor, weight_t: Tensor, kept: Kept | None = None, steps: Steps = TIME_MAJOR) -> Tensor:
+def gemm_bp(dy: Tensor, weight_t: Tensor | PackedMatrix, kept: Kept | None = None, steps: Steps = TIME_MAJOR) -> Tensor:
     """Input gradient, column-sparse output: ``dx_t[:, kept_t] = scale · dy_t @ weight_t[kept_t, :].T``, else zero.
 
     Args:
         dy: ``[T, B, N]`` (or as ``steps`` says).
-        weight_t: ``[K, N]``, K-major.
+        weight_t: ``[K, N]``, K-major, or packed by :func:`gemm_pack`.
         kept: kept units ``[T, k]`` of ``K``; None multiplies densely.
         steps: which rows belong to which time step.
 
@@ -58,7 +97,8 @@ def gemm_bp(dy: Tensor, weight_t: Tensor, kept: Kept | None = None, steps: Steps
     steps.check("dy", dy)
     _check_columns("dy", dy, weight_t, 1)
     _check_kept("kept", kept, steps.count(dy), weight_t.shape[0], dy)
-    return choose("gemm_bp", dy.device, dy.dtype).gemm_bp(dy, weight_t, kept, steps)
+    packed = _packed("gemm_bp", weight_t)
+    return packed.backend.gemm_bp(dy, packed.data, kept, steps)
 
 
 def gemm_wg(x: Tensor, dy: Tensor, kept: Kept | None = None, steps: Steps = TIME_MAJOR) -> Tensor:
@@ -171,15 +211,24 @@ def lstm_forward(
     return LSTMResult(*packed.backend.lstm_forward(packed.data, x, h0, c0, kept_x, pattern_h, steps, reverse))
 
 
-class LSTMGradients(NamedTuple):
-    """What :func:`lstm_backward` returns: gradients in the shapes of what they belong to."""
+class Wanted(NamedTuple):
+    """Which gradients of a layer are worth computing; those of the initial state always are."""
 
-    x: Tensor
+    x: bool = True
+    weight_ih: bool = True
+    weight_hh: bool = True
+    bias: bool = True
+
+
+class LSTMGradients(NamedTuple):
+    """What :func:`lstm_backward` returns: gradients in the shapes of what they belong to; None where not wanted."""
+
+    x: Tensor | None
     h0: Tensor
     c0: Tensor
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias: Tensor
+    weight_ih: Tensor | None
+    weight_hh: Tensor | None
+    bias: Tensor | None
 
 
 def lstm_backward(
@@ -193,11 +242,13 @@ def lstm_backward(
     pattern_h: Kept | Tensor | None = None,
     steps: Steps = TIME_MAJOR,
     reverse: bool = False,
+    wanted: Wanted | None = None,
 ) -> LSTMGradients:
     """Gradients of :func:`lstm_forward`; arguments as given to it, ``saved`` as returned by it.
 
     Args:
         dy: gradient of ``y``, its shape; dh_n, dc_n: gradients of the final state, ``[B, H]``.
+        wanted: what to compute; everything when None.
 
     Raises:
         ValueError: shapes, steps or sizes disagree. TypeError: dtypes or devices disagree.
@@ -207,9 +258,10 @@ def lstm_backward(
     if dy.shape != rows:
         raise ValueError(f"dy must be {list(rows)}, got {tuple(dy.shape)}")
     _check_same_kind("dy", dy, x)
-    return LSTMGradients(
-        *packed.backend.lstm_backward(packed.data, dy, dh_n, dc_n, x, kept_x, pattern_h, steps, reverse, saved)
+    grads = packed.backend.lstm_backward(
+        packed.data, dy, dh_n, dc_n, x, kept_x, pattern_h, steps, reverse, saved, wanted or Wanted()
     )
+    return LSTMGradients(*grads)
 
 
 def _check_lstm(
@@ -235,15 +287,23 @@ def _check_lstm(
     _check_recurrent(pattern_h, count, batch, packed.hidden_size, x)
 
 
-def _check_columns(name: str, x: Tensor, weight_t: Tensor, dim: int) -> None:
-    if weight_t.dim() != 2:
+def _packed(operation: str, weight_t: Tensor | PackedMatrix) -> PackedMatrix:
+    if isinstance(weight_t, PackedMatrix):
+        return weight_t
+    backend = choose(operation, weight_t.device, weight_t.dtype)
+    shape = (weight_t.shape[0], weight_t.shape[1])
+    return PackedMatrix(backend, backend.gemm_pack(weight_t), shape, weight_t.dtype, weight_t.device)
+
+
+def _check_columns(name: str, x: Tensor, weight_t: Tensor | PackedMatrix, dim: int) -> None:
+    if len(weight_t.shape) != 2:
         raise ValueError(f"weight_t must be [K, N], got shape {tuple(weight_t.shape)}")
     if x.shape[-1] != weight_t.shape[dim]:
         raise ValueError(f"{name} has {x.shape[-1]} columns, weight_t is {tuple(weight_t.shape)}")
     _check_same_kind("weight_t", weight_t, x)
 
 
-def _check_same_kind(name: str, tensor: Tensor, like: Tensor) -> None:
+def _check_same_kind(name: str, tensor: Tensor | PackedMatrix, like: Tensor) -> None:
     if tensor.dtype != like.dtype or tensor.device != like.device:
         raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, the other operand {like.dtype} on {like.device}")
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from . import hints, kernels, stats
 from ._autocast import cast_for_autocast, without_autocast
 from .hints import Draw, Part
-from .kernels import Kept, PackedWeights, Steps
+from .kernels import Kept, PackedWeights, Steps, Wanted
 from .patterns import Case
 from .patterns import draw as draw_pattern
 
@@ -117,27 +117,24 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, steps: Steps) -> Tensor:
         with without_autocast(x.device.type):
-            weight_t = weight.t().contiguous()
-            y = kernels.gemm_fp(x, weight_t, operand.kept, steps)
-            if bias is not None:
-                y += bias
-        ctx.save_for_backward(x, weight_t)
-        ctx.operand, ctx.steps = operand, steps
-        ctx.backend = kernels.choose("gemm_fp", x.device, x.dtype, counted=False).NAME
-        operand.count(x[..., 0].numel(), weight.shape[0], ctx.backend, 1)
+            packed = kernels.gemm_pack(weight.t())
+            y = kernels.gemm_fp(x, packed, operand.kept, steps, bias)
+        ctx.save_for_backward(x)
+        ctx.operand, ctx.steps, ctx.packed = operand, steps, packed
+        operand.count(x[..., 0].numel(), weight.shape[0], packed.backend.NAME, 1)
         return y
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_t = ctx.saved_tensors
+        (x,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         kept, steps = ctx.operand.kept, ctx.steps
         with without_autocast(x.device.type):
-            dx = kernels.gemm_bp(dy, weight_t, kept, steps) if needs_x else None
+            dx = kernels.gemm_bp(dy, ctx.packed, kept, steps) if needs_x else None
             dweight = kernels.gemm_wg(x, dy, kept, steps).t() if needs_weight else None
             dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
-        ctx.operand.count(x[..., 0].numel(), dy.shape[-1], ctx.backend, needs_x + needs_weight)
+        ctx.operand.count(x[..., 0].numel(), dy.shape[-1], ctx.packed.backend.NAME, needs_x + needs_weight)
         return dx, dweight, dbias, None, None
 
 
@@ -217,13 +214,16 @@ class _LSTMLayer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         call: LayerCall = ctx.call
+        needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh, _ = ctx.needs_input_grad
+        wanted = Wanted(needs_x, needs_weight_ih, needs_weight_hh, needs_bias_ih or needs_bias_hh)
         with without_autocast(x.device.type):
             grads = kernels.lstm_backward(
                 ctx.packed, dy, dh_n, dc_n, x, tuple(saved), call.input.kept, call.recurrent.pattern, call.steps,
-                call.reverse,
+                call.reverse, wanted,
             )  # fmt: skip
-        call.count(x, ctx.packed.hidden_size, ctx.packed.backend.NAME, 2)
-        _, _, _, _, _, needs_bias_ih, needs_bias_hh, _ = ctx.needs_input_grad
+        hidden, backend = ctx.packed.hidden_size, ctx.packed.backend.NAME
+        call.input.count(x[..., 0].numel(), 4 * hidden, backend, wanted.x + wanted.weight_ih)
+        call.recurrent.count(x[..., 0].numel(), 4 * hidden, backend, 1 + wanted.weight_hh)
         return (
             grads.x,
             grads.h0,
@@ -232,7 +232,7 @@ class _LSTMLayer(torch.autograd.Function):
             grads.weight_hh,
             grads.bias if needs_bias_ih else None,
             # A copy: torch may accumulate into the tensor it is given.
-            grads.bias.clone() if needs_bias_hh else None,
+            grads.bias.clone() if needs_bias_hh and grads.bias is not None else None,
             None,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .gemm import gemm_bp, gemm_fp, gemm_wg
+from .gemm import gemm_bp, gemm_fp, gemm_pack, gemm_wg
 from .lstm import lstm_backward, lstm_forward, lstm_pack
 
 if TYPE_CHECKING:
@@ -14,6 +14,7 @@ __all__ = [
     "NAME",
     "gemm_bp",
     "gemm_fp",
+    "gemm_pack",
     "gemm_wg",
     "lstm_backward",
     "lstm_forward",

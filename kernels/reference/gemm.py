@@ -81,10 +81,16 @@ class StepPattern:
         dweight_t.index_add_(0, self.index, counted)
 
 
-def gemm_fp(x: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
-    """``y_t = scale · x_t[:, kept_t] @ weight_t[kept_t, :]``; see :func:`sd_plugin.kernels.gemm_fp`."""
+def gemm_pack(weight_t: Tensor) -> Tensor:
+    """``[K, N]`` K-major in memory, so that a dropped unit is one skipped row, in the dtype of the sums."""
+    return weight_t.to(opmath(weight_t.dtype)).contiguous().clone()
+
+
+def gemm_fp(x: Tensor, weight_t: Tensor, bias: Tensor | None, kept: Kept | None, steps: Steps) -> Tensor:
+    """``y_t = scale · x_t[:, kept_t] @ weight_t[kept_t, :] + bias``; see :func:`sd_plugin.kernels.gemm_fp`."""
     math = opmath(x.dtype)
-    weight_t = weight_t.to(math)
+    if bias is not None:
+        return (gemm_fp(x.to(math), weight_t, None, kept, steps) + bias.to(math)).to(x.dtype)
     if kept is None:
         return (x.to(math) @ weight_t).to(x.dtype)
     y = x.new_empty(*x.shape[:-1], weight_t.shape[1])
@@ -97,7 +103,6 @@ def gemm_fp(x: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps) -> Ten
 def gemm_bp(dy: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
     """``dx_t[:, kept_t] = scale · dy_t @ weight_t[kept_t, :].T``; see :func:`sd_plugin.kernels.gemm_bp`."""
     math = opmath(dy.dtype)
-    weight_t = weight_t.to(math)
     if kept is None:
         return (dy.to(math) @ weight_t.t()).to(dy.dtype)
     dx = dy.new_zeros(*dy.shape[:-1], weight_t.shape[0], dtype=math)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..kept import Kept
+    from ..ops import Wanted
     from ..steps import Steps
 
 
@@ -38,14 +39,14 @@ class PackedLSTM(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of one layer, in the shapes of ``torch.nn.LSTM``'s own parameters."""
+    """Gradients of one layer, in the shapes of ``torch.nn.LSTM``'s own parameters; None where not wanted."""
 
-    x: Tensor
+    x: Tensor | None
     h0: Tensor
     c0: Tensor
-    weight_ih: Tensor  #: ``[4H, I]``
-    weight_hh: Tensor  #: ``[4H, H]``
-    bias: Tensor  #: ``[4H]``, of either bias
+    weight_ih: Tensor | None  #: ``[4H, I]``
+    weight_hh: Tensor | None  #: ``[4H, H]``
+    bias: Tensor | None  #: ``[4H]``, of either bias
 
 
 def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> PackedLSTM:
@@ -76,9 +77,7 @@ def lstm_forward(
         ``y`` (h_t for every row), ``h_n`` and ``c_n`` ``[B, H]``, and what :func:`lstm_backward` needs.
     """
     math = opmath(x.dtype)
-    pre = gemm_fp(x.to(math), packed.weight_ih_t, kept_x, steps)
-    if packed.bias is not None:
-        pre += packed.bias
+    pre = gemm_fp(x.to(math), packed.weight_ih_t, packed.bias, kept_x, steps)
     hidden = h0.shape[1]
     rows = [pre.new_empty(*x.shape[:-1], n) for n in (4 * hidden, hidden, hidden, hidden, hidden)]
     gates, cells, h_before, c_before, y = rows
@@ -118,6 +117,7 @@ def lstm_backward(
     steps: Steps,
     reverse: bool,
     saved_tensors: tuple[Tensor, ...],
+    wanted: Wanted,
 ) -> Gradients:
     """Back-propagation through time of :func:`lstm_forward`: BP per step, WG once over all steps.
 
@@ -129,12 +129,14 @@ def lstm_backward(
         packed.weight_hh_t, dy.to(math), dh_n.to(math), dc_n.to(math), pattern_h, steps, reverse, saved
     )
     return Gradients(
-        x=gemm_bp(dpre, packed.weight_ih_t, kept_x, steps).to(to),
+        x=gemm_bp(dpre, packed.weight_ih_t, kept_x, steps).to(to) if wanted.x else None,
         h0=dh0.to(to),
         c0=dc0.to(to),
-        weight_ih=gemm_wg(x.to(math), dpre, kept_x, steps).t().to(to),
-        weight_hh=_recurrent_weight_gradient(saved.h_before, dpre, pattern_h, steps).t().to(to),
-        bias=dpre.flatten(0, -2).sum(0).to(to),
+        weight_ih=gemm_wg(x.to(math), dpre, kept_x, steps).t().to(to) if wanted.weight_ih else None,
+        weight_hh=_recurrent_weight_gradient(saved.h_before, dpre, pattern_h, steps).t().to(to)
+        if wanted.weight_hh
+        else None,
+        bias=dpre.flatten(0, -2).sum(0).to(to) if wanted.bias else None,
     )
 
 

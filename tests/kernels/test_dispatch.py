@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from itertools import count
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -46,6 +47,8 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
         module.reason_unavailable = lambda: unavailable
         module.reason_unsupported = lambda operation, device, dtype: unsupported
         calls = []
+        module.gemm_pack = lambda weight_t: weight_t
+        module.gemm_pack = lambda weight_t: weight_t
         module.gemm_fp = lambda *args: calls.append(args) or torch.full((1,), 7.0)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         others = dict(BACKENDS)
@@ -91,11 +94,42 @@ def test_a_backend_for_another_device_is_no_fallback(register: Register) -> None
     assert not fallbacks, "nothing slower than what the device allows was chosen"
 
 
-def test_an_unavailable_backend_is_passed_over_silently(register: Register) -> None:
-    fake = register(unavailable="no compiler")
-    assert status()[fake.name] == "no compiler"
+def test_an_unavailable_backend_for_this_device_is_warned_about_once(
+    register: Register, recwarn: pytest.WarningsRecorder
+) -> None:
+    fake = register(unavailable="no compiler; install g++")
+    assert status()[fake.name] == "no compiler; install g++"
+    for _ in range(3):
+        assert product().item() == 2
+    choose("lstm", CPU, torch.float64)
+    (warning,) = recwarn.list
+    assert warning.category is RuntimeWarning
+    assert str(warning.message) == (
+        f"sd-plugin: the {fake.name} backend cannot run, so the slower reference backend is used: no compiler; "
+        "install g++. Or set SD_PLUGIN_BACKEND=reference to say so yourself"
+    )
+    assert not fallbacks
+
+
+@pytest.mark.parametrize("made_for", ["cuda", None])
+def test_an_unavailable_backend_for_something_else_is_passed_over_silently(
+    register: Register, recwarn: pytest.WarningsRecorder, made_for: str | None
+) -> None:
+    register(made_for=made_for, unavailable="no GPU")
     assert product().item() == 2
     assert not fallbacks
+    assert not recwarn.list
+
+
+def test_an_unavailable_backend_is_not_warned_about_when_only_asked_or_when_forced_away(
+    register: Register, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    register(unavailable="no compiler")
+    assert choose("gemm_fp", CPU, torch.float32, counted=False).NAME != "fake"
+    status()
+    monkeypatch.setenv("SD_PLUGIN_BACKEND", "reference")
+    assert product().item() == 2
+    assert not recwarn.list
 
 
 def test_a_backend_that_cannot_do_a_call_is_counted(register: Register) -> None:
@@ -138,12 +172,25 @@ def test_forced_backend_that_cannot_is_an_error(
     assert not fallbacks
 
 
-def test_a_backend_this_version_lacks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS, "missing", None)
+def test_a_backend_this_version_lacks_says_so(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    others = dict(BACKENDS)
+    BACKENDS.clear()
+    BACKENDS.update({"missing": "cpu", **others})
     assert "does not include it" in str(status()["missing"])
+    assert product().item() == 2
+    assert not recwarn.list
     monkeypatch.setenv("SD_PLUGIN_BACKEND", "missing")
     with pytest.raises(BackendError, match="does not include it"):
         product()
+
+
+def test_a_folder_left_by_another_version_is_no_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "left" / "__pycache__").mkdir(parents=True)
+    monkeypatch.setattr(kernels, "__path__", [*kernels.__path__, str(tmp_path)])
+    monkeypatch.setitem(BACKENDS, "left", "cpu")
+    assert "does not include it" in str(status()["left"])
 
 
 def test_a_backend_that_fails_to_import_is_unavailable(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +211,8 @@ def test_a_backend_that_fails_to_import_is_unavailable(register: Register, monke
     monkeypatch.delitem(sys.modules, fake.module.__name__)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     assert "no module named cupy" in str(status()[fake.name])
-    assert product().item() == 2
+    with pytest.warns(RuntimeWarning, match="no module named cupy"):
+        assert product().item() == 2
 
 
 def test_no_backend_at_all_is_an_error() -> None:

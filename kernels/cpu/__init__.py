@@ -1,0 +1,49 @@
+"""The CPU backend: C++ compiled at first use, for AVX-512, AVX2 or any other machine.
+
+float32 and float64 in their own precision; bfloat16 and float16 are computed, and accumulated, in float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from .build import BuildError, load
+from .gemm import gemm_bp, gemm_fp, gemm_pack, gemm_wg
+from .lstm import lstm_backward, lstm_forward, lstm_pack
+
+if TYPE_CHECKING:
+    from torch import device
+
+__all__ = [
+    "NAME",
+    "gemm_bp",
+    "gemm_fp",
+    "gemm_pack",
+    "gemm_wg",
+    "lstm_backward",
+    "lstm_forward",
+    "lstm_pack",
+    "reason_unavailable",
+    "reason_unsupported",
+]
+
+NAME = "cpu"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@cache
+def reason_unavailable() -> str | None:
+    """Why this backend cannot run on this machine (no compiler, ...); compiles the library if need be."""
+    try:
+        load()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def reason_unsupported(operation: str, device: device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot do ``operation`` on these operands; None when it can."""
+    return None if dtype in _DTYPES else f"{operation} needs a floating-point dtype, got {dtype}"

@@ -1,0 +1,193 @@
+"""The compiled library's C interface: its structures, and Python's tensors as them."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_void_p
+from functools import cache, lru_cache
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .build import load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from ..kept import Kept
+    from ..steps import Steps
+
+SUFFIXES = {torch.float32: "f32", torch.float64: "f64"}
+
+
+class CSteps(ctypes.Structure):
+    """Rows of each time step."""
+
+    _fields_ = [("count", c_int32), ("batch", c_int32), ("rows", POINTER(c_int32))]
+
+
+class CRows(ctypes.Structure):
+    """An activation: where each step begins, and the stride of its rows, in elements."""
+
+    _fields_ = [("data", c_void_p), ("start", POINTER(c_int64)), ("stride", c_int64)]
+
+
+class CKept(ctypes.Structure):
+    """Kept units of each step; no indices: all of them."""
+
+    _fields_ = [
+        ("indices", c_void_p),
+        ("stride", c_int64),
+        ("width", c_int32),
+        ("size", c_int32),
+        ("scale", c_double),
+    ]
+
+
+class CLSTM(ctypes.Structure):
+    """One call of a layer, forward or backward."""
+
+    _fields_ = [
+        ("steps", CSteps),
+        ("inputs", c_int32),
+        ("hidden", c_int32),
+        ("reverse", c_int32),
+        ("w", c_void_p),
+        ("u", c_void_p),
+        ("bias", c_void_p),
+        ("x", CRows),
+        ("kept_x", CKept),
+        ("kept_h", CKept),
+        ("mask", c_void_p),
+        ("h0", c_void_p),
+        ("c0", c_void_p),
+        ("gates", c_void_p),
+        ("cells", c_void_p),
+        ("operand", c_void_p),
+    ]
+
+
+class CLSTMOut(ctypes.Structure):
+    """Where a layer's results go."""
+
+    _fields_ = [("y", CRows), ("h_n", c_void_p), ("c_n", c_void_p)]
+
+
+class CLSTMGrad(ctypes.Structure):
+    """Gradients given to a layer, and where its own go; null: not wanted."""
+
+    _fields_ = [
+        ("dy", CRows),
+        ("dh_n", c_void_p),
+        ("dc_n", c_void_p),
+        ("dx", CRows),
+        ("dh0", c_void_p),
+        ("dc0", c_void_p),
+        ("dw", c_void_p),
+        ("du", c_void_p),
+        ("dbias", c_void_p),
+    ]
+
+
+_P = c_void_p
+SIGNATURES: dict[str, list[Any]] = {
+    "sd_pack": [c_int, _P, c_int64, c_int, c_int64, c_int64, c_int, _P],
+    "sd_gemm_fp": [c_int, POINTER(CSteps), POINTER(CRows), _P, c_int64, _P, POINTER(CKept), POINTER(CRows)],
+    "sd_gemm_bp": [c_int, POINTER(CSteps), POINTER(CRows), _P, c_int64, POINTER(CKept), POINTER(CRows)],
+    "sd_gemm_wg": [c_int, POINTER(CSteps), POINTER(CRows), POINTER(CRows), c_int64, POINTER(CKept), _P],
+    "sd_lstm_forward": [c_int, POINTER(CLSTM), POINTER(CLSTMOut)],
+    "sd_lstm_backward": [c_int, POINTER(CLSTM), POINTER(CLSTMGrad)],
+}
+
+
+@cache
+def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
+    """The library's function of that name for that dtype.
+
+    Raises:
+        BuildError: the library cannot be built. The function itself raises MemoryError.
+    """
+    found = getattr(load(), f"{name}_{SUFFIXES[dtype]}")
+    found.argtypes, found.restype = SIGNATURES[name], c_int
+    found.errcheck = _check
+    return found  # type: ignore[no-any-return]
+
+
+def _check(result: int, called: Any, arguments: Any) -> int:
+    if result != 0:
+        raise MemoryError(f"{called.__name__}: out of memory for its scratch space")
+    return result
+
+
+@cache
+def panel_width(dtype: torch.dtype) -> int:
+    """Columns of a panel of packed weights."""
+    return int(getattr(load(), f"sd_panel_{SUFFIXES[dtype]}")())
+
+
+@cache
+def padded_rows(rows: int, dtype: torch.dtype) -> int:
+    """Rows that a panel of ``rows`` takes in memory."""
+    found = getattr(load(), f"sd_padded_rows_{SUFFIXES[dtype]}")
+    found.argtypes, found.restype = [c_int64], c_int64
+    return int(found(rows))
+
+
+def panels_of_layer(hidden: int, dtype: torch.dtype) -> int:
+    """Panels of a layer's four gates: each holds the same quarter of its width of every gate."""
+    width = panel_width(dtype) // 4
+    return (hidden + width - 1) // width
+
+
+@lru_cache(maxsize=256)
+def _int32s(*values: int) -> Any:
+    return (c_int32 * max(len(values), 1))(*values)
+
+
+@lru_cache(maxsize=256)
+def _strided(count: int, stride: int) -> Any:
+    return (c_int64 * max(count, 1))(*(t * stride for t in range(count)))
+
+
+@lru_cache(maxsize=256)
+def _packed_starts(sizes: tuple[int, ...], stride: int) -> Any:
+    firsts = [0, *accumulate(sizes)][: max(len(sizes), 1)]
+    return (c_int64 * len(firsts))(*(first * stride for first in firsts))
+
+
+def adjacent(x: Tensor) -> Tensor:
+    """``x`` itself if its columns are adjacent in memory, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def c_rows(x: Tensor, steps: Steps) -> CRows:
+    """``x``, whose columns must be adjacent, as the library takes it; valid while ``x`` lives."""
+    if steps.batch_sizes is not None:
+        stride = x.stride(0)
+        return CRows(x.data_ptr(), _packed_starts(steps.batch_sizes, stride), stride)
+    start = _strided(x.shape[steps.time_dim], x.stride(steps.time_dim))
+    return CRows(x.data_ptr(), start, x.stride(1 - steps.time_dim))
+
+
+def c_steps(x: Tensor, steps: Steps) -> CSteps:
+    """The rows of each step of ``x``."""
+    count, batch = steps.count(x), steps.batch(x)
+    sizes = steps.batch_sizes if steps.batch_sizes is not None else (batch,) * count
+    return CSteps(count, batch, _int32s(*sizes))
+
+
+def c_kept(kept: Kept | None, size: int) -> tuple[CKept, Tensor | None]:
+    """Kept units of ``size``, and the tensor that must live as long."""
+    if kept is None:
+        return CKept(None, 0, size, size, 1.0), None
+    indices = kept.indices if kept.indices.stride(1) == 1 or kept.width <= 1 else kept.indices.contiguous()
+    stride = indices.stride(0) if kept.steps > 1 else max(kept.width, 1)
+    return CKept(indices.data_ptr(), stride, kept.width, size, kept.scale), indices
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Address of a tensor's data; None is a null pointer."""
+    return None if tensor is None else tensor.data_ptr()

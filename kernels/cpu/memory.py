@@ -1,0 +1,99 @@
+"""Tensors in recycled memory: pages that a process has touched before cost nothing, fresh ones more than the sums.
+
+A block returns to the pool when the last tensor in it dies, whoever held it (autograd, an optimizer, the user).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import weakref
+from collections import OrderedDict
+from math import prod
+from threading import RLock
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+#: Smaller tensors are left to torch's own allocator, which recycles them well.
+SMALLEST = 1 << 20
+#: Idle memory is given back to the system beyond this many bytes.
+MOST_IDLE = 1 << 29
+_HUGE = 1 << 21
+
+
+def _rounded(size: int) -> int:
+    """Sizes in steps of an eighth of a power of two, so that sequences of about one length share blocks."""
+    step = max(1 << max(size.bit_length() - 4, 0), _HUGE if size > 4 * _HUGE else mmap.PAGESIZE)
+    return (size + step - 1) // step * step
+
+
+class Pool:
+    """Idle blocks by size, the longest idle first."""
+
+    def __init__(self, most_idle: int = MOST_IDLE) -> None:
+        self._most_idle = most_idle
+        self._idle: OrderedDict[int, list[mmap.mmap]] = OrderedDict()
+        self._idle_bytes = 0
+        # Finalizers may run in the middle of a call of the same thread.
+        self._lock = RLock()
+
+    @property
+    def idle_bytes(self) -> int:
+        """Memory that is held for reuse."""
+        return self._idle_bytes
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """``torch.empty`` on the CPU."""
+        count = prod(shape)
+        size = count * dtype.itemsize
+        if size < SMALLEST:
+            return torch.empty(shape, dtype=dtype)
+        block = self._take(_rounded(size))
+        # A view of the block's memory whose death tells that no tensor uses it any more.
+        view = (ctypes.c_char * len(block)).from_buffer(block)
+        weakref.finalize(view, self._give, block).atexit = False
+        return torch.frombuffer(view, dtype=dtype, count=count).view(tuple(shape))
+
+    def _take(self, size: int) -> mmap.mmap:
+        with self._lock:
+            idle = self._idle.get(size)
+            if idle:
+                self._idle_bytes -= size
+                block = idle.pop()
+                if not idle:
+                    del self._idle[size]
+                return block
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if size >= _HUGE:
+            # Not every kernel has huge pages; they are only faster.
+            with contextlib.suppress(OSError, AttributeError):
+                block.madvise(mmap.MADV_HUGEPAGE)
+        return block
+
+    def _give(self, block: mmap.mmap) -> None:
+        with self._lock:
+            self._idle.setdefault(len(block), []).append(block)
+            self._idle.move_to_end(len(block))
+            self._idle_bytes += len(block)
+            while self._idle_bytes > self._most_idle:
+                size, blocks = next(iter(self._idle.items()))
+                blocks.pop(0)
+                self._idle_bytes -= size
+                if not blocks:
+                    del self._idle[size]
+
+
+#: Of this process.
+POOL = Pool()
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` on the CPU, of recycled memory."""
+    return POOL.empty(shape, dtype)
