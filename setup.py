@@ -81,6 +81,8 @@ setup(
     packages=installed_packages(),
     package_dir=PACKAGE_ROOTS,
     # Native sources are compiled on the user's machine at first use, so they travel as data of any package.
-    package_data={"": ["py.typed", "*.cpp", "*.cu", "*.cuh", "*.h", "*.hpp"]},
+    package_data={
+        "": ["py.typed", *(f"{folder}*.{kind}" for folder in ("", "src/") for kind in ("cpp", "cu", "cuh", "h", "hpp"))]
+    },
     cmdclass={"build": Build, "build_startup": BuildStartup},
 )

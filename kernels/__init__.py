@@ -5,6 +5,15 @@ Functions dispatch to a backend by the operands' device; ``SD_PLUGIN_BACKEND`` f
 by themselves: call them under ``torch.no_grad``, or use :mod:`sd_plugin.functional`.
 """
 
+from .decoder import (
+    DecoderGradients,
+    DecoderPatterns,
+    DecoderResult,
+    DecoderWeights,
+    decoder_backward,
+    decoder_forward,
+    has_decoder,
+)
 from .dispatch import BACKENDS, BackendError, choose, fallbacks, forced, status
 from .kept import Kept
 from .ops import (
@@ -13,6 +22,8 @@ from .ops import (
     PackedMatrix,
     PackedWeights,
     Wanted,
+    cross_entropy_backward,
+    cross_entropy_forward,
     gemm_bp,
     gemm_fp,
     gemm_pack,
@@ -27,6 +38,10 @@ __all__ = [
     "BACKENDS",
     "TIME_MAJOR",
     "BackendError",
+    "DecoderGradients",
+    "DecoderPatterns",
+    "DecoderResult",
+    "DecoderWeights",
     "Kept",
     "LSTMGradients",
     "LSTMResult",
@@ -35,12 +50,17 @@ __all__ = [
     "Steps",
     "Wanted",
     "choose",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "decoder_backward",
+    "decoder_forward",
     "fallbacks",
     "forced",
     "gemm_bp",
     "gemm_fp",
     "gemm_pack",
     "gemm_wg",
+    "has_decoder",
     "lstm_backward",
     "lstm_forward",
     "lstm_pack",

@@ -57,6 +57,12 @@ class Backend(Protocol):
     def gemm_wg(self, x: Tensor, dy: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
         """Row-sparse output product."""
 
+    def cross_entropy_forward(self, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of each row."""
+
+    def cross_entropy_backward(self, logits: Tensor, *args: Any) -> Tensor:
+        """Its gradient."""
+
     def lstm_pack(self, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Any:
         """Parameters in the backend's own layout."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from .dispatch import Backend, choose
 from .kept import Kept
 from .steps import TIME_MAJOR, Steps
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 
@@ -124,6 +125,42 @@ def gemm_wg(x: Tensor, dy: Tensor, kept: Kept | None = None, steps: Steps = TIME
     _check_same_kind("dy", dy, x)
     _check_kept("kept", kept, steps.count(x), x.shape[-1], x)
     return choose("gemm_wg", x.device, x.dtype).gemm_wg(x, dy, kept, steps)
+
+
+def cross_entropy_forward(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each row, ``(1 - s) · -log p[target] + s · mean(-log p)`` with ``p`` the row's softmax.
+
+    Args:
+        logits: ``[R, V]``; target: ``[R]`` int64, each a column or ``ignore_index``, whose row's loss is zero.
+
+    Returns:
+        The loss ``[R]``, and the logarithm of each row's sum of exponentials, for :func:`cross_entropy_backward`.
+
+    Raises:
+        ValueError: shapes disagree. IndexError: a target is no column. TypeError: dtypes or devices disagree.
+
+    Source: ``torch.nn.CrossEntropyLoss`` with ``reduction="none"``.
+    """
+    if logits.dim() != 2 or target.shape != logits.shape[:1]:
+        raise ValueError(f"need logits [R, V] and target [R], got {tuple(logits.shape)} and {tuple(target.shape)}")
+    if target.dtype != torch.int64 or target.device != logits.device:
+        raise TypeError(f"target must be int64 on {logits.device}, got {target.dtype} on {target.device}")
+    columns = logits.shape[1]
+    wrong = (target != ignore_index) & ((target < 0) | (target >= columns))
+    if wrong.any():
+        raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
+    backend = choose("cross_entropy", logits.device, logits.dtype)
+    return backend.cross_entropy_forward(logits, target, ignore_index, label_smoothing)
+
+
+def cross_entropy_backward(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, lse: Tensor, scale: Tensor
+) -> Tensor:
+    """Gradient of :func:`cross_entropy_forward`: ``[R, V]``, from that of each row's loss, ``scale`` ``[R]``."""
+    backend = choose("cross_entropy", logits.device, logits.dtype)
+    return backend.cross_entropy_backward(logits, target, ignore_index, label_smoothing, lse, scale)
 
 
 class PackedWeights(NamedTuple):

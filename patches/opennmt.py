@@ -8,6 +8,7 @@ What is hooked, and why, by module of the host:
 | ``onmt.opts.model_opts`` | the ``sd_*`` options, saved in checkpoints |
 | ``onmt.utils.parse.ArgumentParser`` | checks of those options and of checkpoints; a missing file is named |
 | ``onmt.model_builder.build_base_model`` | the generator uses hints |
+| ``onmt.utils.loss.LossCompute.from_opts`` | the same cross entropy without holding the log-softmax |
 | ``onmt.trainer.Trainer.train`` | the dropout due at a resumed step; the report, at the end of the log |
 | ``onmt.bin.*`` | a mistake of the user's is one line, not a traceback; models are checked before output is written |
 | ``torch.serialization`` | ``argparse.Namespace`` may be loaded, or torch >= 2.6 refuses every checkpoint |
@@ -75,6 +76,7 @@ def enable(replace: bool = True, mode: str | None = None) -> None:
         _register(replace)
         _patch_options()
         _patch_model_builder()
+        _patch_loss()
         _patch_trainer()
     except BaseException:
         # Never a half patch.
@@ -247,6 +249,23 @@ def _patch_model_builder() -> None:
         return model
 
     _patcher.set(onmt.model_builder, "build_base_model", build_base_model)
+
+
+def _patch_loss() -> None:
+    from onmt.utils.loss import LossCompute
+
+    from sd_plugin.loss import FusedCrossEntropyLoss
+    from sd_plugin.opennmt.decoder import StructuredInputFeedRNNDecoder, StructuredStdRNNDecoder
+
+    stock: Any = vars(LossCompute)["from_opts"]
+
+    def from_opts(cls: Any, opt: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        compute = stock.__func__(cls, opt, model, *args, **kwargs)
+        if isinstance(model.decoder, (StructuredInputFeedRNNDecoder, StructuredStdRNNDecoder)):
+            FusedCrossEntropyLoss.adopt(compute.criterion)
+        return compute
+
+    _patcher.set(LossCompute, "from_opts", classmethod(from_opts))
 
 
 def _patch_trainer() -> None:

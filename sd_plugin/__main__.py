@@ -18,7 +18,10 @@ from sd_plugin import __version__, _autoload
 from sd_plugin.errors import UsageError
 
 # Sub-command -> module with `main(argv) -> int | None`, where argv excludes the sub-command's name.
-SUBCOMMANDS: dict[str, str] = {"to-stock": "sd_plugin.opennmt.to_stock"}
+SUBCOMMANDS: dict[str, str] = {
+    "bench": "sd_plugin.bench.command",
+    "to-stock": "sd_plugin.opennmt.to_stock",
+}
 
 USAGE = "usage: python -m sd_plugin [--help] [--version] PROGRAM [ARGS...]"
 EXAMPLE = "python -m sd_plugin onmt_train -config run.yaml"
@@ -32,6 +35,7 @@ Runs PROGRAM in this Python, with sd-plugin's hook into the hosts it knows. PROG
 Example: {EXAMPLE}
 
 Or one of its own commands (each has a --help):
+  bench     time training steps: stock, and with this plugin's dropouts
   to-stock  make a checkpoint of sd_rnn or sd_brnn one that OpenNMT-py reads without this plugin
 
 The environment variable SD_PLUGIN says what the hook may do: 0 nothing; unset: add new names to the hosts;

@@ -102,14 +102,27 @@ class StackedRun:
         self._stack = stack
         self._draw_args = (steps, batch, stack.hidden_size)
         self._draw_kwargs = {"sampling": stack.sampling, "device": like.device, "dtype": like.dtype}
-        self._parameters = [_parameters_of(cell) for cell in stack.layers]
-        self._packed: list[PackedWeights] = [pack_parameters(parameters) for parameters in self._parameters]
+        #: of each layer, as ``nn.LSTMCell`` names them: ``weight_ih``, ``weight_hh``, ``bias_ih``, ``bias_hh``
+        self.parameters = [_parameters_of(cell) for cell in stack.layers]
+        self._packed: list[PackedWeights] = []
         self._recurrent = [self._draw(stack.recurrent_dropout) for _ in stack.layers]
         self._between = [SteppedDropout(self._draw(stack.dropout.p), stack.dropout.site) for _ in stack.layers[1:]]
         self._output = SteppedDropout(self._draw(stack.output_dropout), f"{stack.site}.output")
 
     def _draw(self, p: float) -> Kept | Tensor | None:
         return draw(self._stack.case, *self._draw_args, p, **self._draw_kwargs)  # type: ignore[arg-type]
+
+    def operands(self, output: SteppedDropout) -> tuple[list[Operand], list[Operand], Operand, Operand]:
+        """The whole sequence's patterns, for a product over all steps at once, instead of :meth:`step`.
+
+        Returns:
+            Those of each layer's recurrent product, between the layers, of the last layer, and of ``output``.
+        """
+        site = self._stack.site
+        recurrent = [
+            Operand.drawn(pattern, f"{site}.l{layer}.recurrent") for layer, pattern in enumerate(self._recurrent)
+        ]
+        return recurrent, [dropout.operand() for dropout in self._between], self._output.operand(), output.operand()
 
     def step(self, t: int, input: Tensor, hidden: State) -> tuple[Tensor, State]:
         """Run step ``t``: output of the last layer, dropped, and the new states.
@@ -121,6 +134,7 @@ class StackedRun:
         Returns:
             ``[B, H]``, with its hint, and ``h`` and ``c`` as given.
         """
+        self._packed = self._packed or [pack_parameters(parameters) for parameters in self.parameters]
         states = []
         for layer, (h, c) in enumerate(zip(*hidden, strict=True)):
             h, c = self._cell(layer, t, input, (h, c))
@@ -135,7 +149,7 @@ class StackedRun:
         at_t = pattern.at(t) if isinstance(pattern, Kept) else None if pattern is None else pattern[t : t + 1]
         recurrent = Operand.drawn(at_t, f"{self._stack.site}.l{layer}.recurrent")
         call = LayerCall(operand, recurrent, TIME_MAJOR, packed=self._packed[layer])
-        _, h, c = lstm_layer(x.unsqueeze(0), state, self._parameters[layer], call)
+        _, h, c = lstm_layer(x.unsqueeze(0), state, self.parameters[layer], call)
         return h, c
 
 
@@ -155,6 +169,10 @@ class SteppedDropout:
         self.pattern = pattern
         self.site = site
         self._multiplier: Tensor | None = None
+
+    def operand(self) -> Operand:
+        """The whole sequence's pattern as the operand of a product that drops, used at once."""
+        return Operand.drawn(self.pattern, self.site)
 
     def __call__(self, t: int, x: Tensor) -> Tensor:
         """``x`` ``[B, K]`` dropped as at step ``t``, with its hint."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import once_differentiable as torch_once_differentiable
 
 from . import hints, kernels, stats
 from ._autocast import cast_for_autocast, without_autocast
 from .hints import Draw, Part
-from .kernels import Kept, PackedWeights, Steps, Wanted
+from .kernels import TIME_MAJOR, Kept, PackedWeights, Steps, Wanted
 from .patterns import Case
 from .patterns import draw as draw_pattern
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def _once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """torch's ``once_differentiable``, which also refuses where torch would silently treat a gradient as constant."""
-    checked = once_differentiable(backward)
+    checked = torch_once_differentiable(backward)
 
     @functools.wraps(backward)
     def refuse_graph(ctx: Any, *gradients: Tensor) -> Any:
@@ -125,7 +125,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -138,13 +138,14 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias, None, None
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: bool = True) -> Tensor:
     """``torch.nn.functional.linear`` that skips the columns of ``x`` which its hint knows to be zero.
 
     The gradient of a skipped column is zero: the dropout that zeroed it would multiply it by zero anyway.
 
     Args:
         x: ``[..., K]``; weight: ``[N, K]``; bias: ``[N]`` or None.
+        native: use torch's own kernels where nothing can be skipped. False always runs this library's.
 
     Returns:
         ``[..., N]``.
@@ -153,11 +154,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: shapes disagree. TypeError: dtypes or devices disagree.
     """
     hint = hints.lookup(x)
-    if hint is None:
+    if hint is None and native:
         return torch.nn.functional.linear(x, weight, bias)
-    rows = x.view(hint.shape)
+    rows = x.reshape(1, -1, x.shape[-1]) if hint is None else x.view(hint.shape)
+    steps = TIME_MAJOR if hint is None else hint.steps
     rows, weight, bias = cast_for_autocast(rows, weight, bias)  # type: ignore[assignment]
-    y: Tensor = _Linear.apply(rows, weight, bias, Operand.hinted(hint), hint.steps)
+    y: Tensor = _Linear.apply(rows, weight, bias, Operand.hinted(hint), steps)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -210,7 +212,7 @@ class _LSTMLayer(torch.autograd.Function):
         return y, h_n, c_n
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor | None, ...]:
         x, *saved = ctx.saved_tensors
         call: LayerCall = ctx.call

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from .build import BuildError, load
+from .decoder import decoder_backward, decoder_forward
 from .gemm import gemm_bp, gemm_fp, gemm_pack, gemm_wg
+from .loss import cross_entropy_backward, cross_entropy_forward
 from .lstm import lstm_backward, lstm_forward, lstm_pack
 
 if TYPE_CHECKING:
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAME",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
+    "decoder_backward",
+    "decoder_forward",
     "gemm_bp",
     "gemm_fp",
     "gemm_pack",
@@ -46,4 +52,6 @@ def reason_unavailable() -> str | None:
 
 def reason_unsupported(operation: str, device: device, dtype: torch.dtype) -> str | None:
     """Why this backend cannot do ``operation`` on these operands; None when it can."""
+    if operation == "cross_entropy" and dtype not in _DTYPES[:2]:
+        return f"{operation} needs float32 or float64, got {dtype}"
     return None if dtype in _DTYPES else f"{operation} needs a floating-point dtype, got {dtype}"

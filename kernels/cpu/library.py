@@ -92,14 +92,85 @@ class CLSTMGrad(ctypes.Structure):
     ]
 
 
+class CDecoder(ctypes.Structure):
+    """One call of an input-feeding decoder, forward or backward."""
+
+    _fields_ = [
+        ("steps", CSteps),
+        ("layers", c_int32),
+        ("embed", c_int32),
+        ("hidden", c_int32),
+        ("source", c_int32),
+        ("w", POINTER(c_void_p)),
+        ("u", POINTER(c_void_p)),
+        ("bias", POINTER(c_void_p)),
+        ("w_in", c_void_p),
+        ("w_out", c_void_p),
+        ("emb", CRows),
+        ("kept_x", POINTER(CKept)),
+        ("kept_h", POINTER(CKept)),
+        ("kept_query", CKept),
+        ("kept_out", CKept),
+        ("mask_h", POINTER(c_void_p)),
+        ("mask_between", POINTER(c_void_p)),
+        ("mask_query", c_void_p),
+        ("mask_out", c_void_p),
+        ("memory", c_void_p),
+        ("lengths", c_void_p),
+        ("h0", c_void_p),
+        ("c0", c_void_p),
+        ("feed0", c_void_p),
+        ("gates", POINTER(c_void_p)),
+        ("cells", POINTER(c_void_p)),
+        ("operand", POINTER(c_void_p)),
+        ("input", POINTER(c_void_p)),
+        ("query", c_void_p),
+        ("scored", c_void_p),
+        ("context", c_void_p),
+        ("align", c_void_p),
+        ("attended", c_void_p),
+    ]
+
+
+class CDecoderOut(ctypes.Structure):
+    """Where a decoder's results go."""
+
+    _fields_ = [("y", CRows), ("h_n", c_void_p), ("c_n", c_void_p)]
+
+
+class CDecoderGrad(ctypes.Structure):
+    """Gradients given to a decoder, and where its own go."""
+
+    _fields_ = [
+        ("dy", CRows),
+        ("dh_n", c_void_p),
+        ("dc_n", c_void_p),
+        ("dalign", c_void_p),
+        ("demb", CRows),
+        ("dmemory", c_void_p),
+        ("dh0", c_void_p),
+        ("dc0", c_void_p),
+        ("dfeed0", c_void_p),
+        ("dw", POINTER(c_void_p)),
+        ("du", POINTER(c_void_p)),
+        ("dbias", POINTER(c_void_p)),
+        ("dw_in", c_void_p),
+        ("dw_out", c_void_p),
+    ]
+
+
 _P = c_void_p
 SIGNATURES: dict[str, list[Any]] = {
     "sd_pack": [c_int, _P, c_int64, c_int, c_int64, c_int64, c_int, _P],
     "sd_gemm_fp": [c_int, POINTER(CSteps), POINTER(CRows), _P, c_int64, _P, POINTER(CKept), POINTER(CRows)],
     "sd_gemm_bp": [c_int, POINTER(CSteps), POINTER(CRows), _P, c_int64, POINTER(CKept), POINTER(CRows)],
     "sd_gemm_wg": [c_int, POINTER(CSteps), POINTER(CRows), POINTER(CRows), c_int64, POINTER(CKept), _P],
+    "sd_cross_entropy_forward": [c_int, c_int64, c_int64, _P, c_int64, _P, c_int64, c_double, _P, _P],
+    "sd_cross_entropy_backward": [c_int, c_int64, c_int64, _P, c_int64, _P, c_int64, c_double, _P, _P, _P],
     "sd_lstm_forward": [c_int, POINTER(CLSTM), POINTER(CLSTMOut)],
     "sd_lstm_backward": [c_int, POINTER(CLSTM), POINTER(CLSTMGrad)],
+    "sd_decoder_forward": [c_int, POINTER(CDecoder), POINTER(CDecoderOut)],
+    "sd_decoder_backward": [c_int, POINTER(CDecoder), POINTER(CDecoderGrad)],
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .gemm import gemm_bp, gemm_fp, gemm_pack, gemm_wg
+from .loss import cross_entropy_backward, cross_entropy_forward
 from .lstm import lstm_backward, lstm_forward, lstm_pack
 
 if TYPE_CHECKING:
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAME",
+    "cross_entropy_backward",
+    "cross_entropy_forward",
     "gemm_bp",
     "gemm_fp",
     "gemm_pack",

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from onmt.decoders.decoder import DecoderBase, InputFeedRNNDecoder, RNNDecoderBase, StdRNNDecoder
+from onmt.modules import GlobalAttention
 
 from .. import hints
+from ..attentional import attentional_decoder, is_available
 from ..cell import StackedStructuredLSTM, SteppedDropout
 from ..dropout import StructuredDropout
 from ..kernels import Steps
@@ -43,6 +45,13 @@ def _adopt_attention(attention: Any) -> bool:
         if linear is not None:
             StructuredLinear.adopt(linear)
     return linears["linear_in"] is not None or linears["linear_query"] is not None
+
+
+def _has_hooks(module: torch.nn.Module) -> bool:
+    """Somebody wants to see, or change, what goes through this module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _follow(decoder: Any, dropout: float) -> None:
@@ -141,6 +150,14 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         run = self.rnn.start(count, batch, emb)
         drop = self._output_dropout(count, batch, emb)
         state, feed = self.state["hidden"], self.state["input_feed"].squeeze(0)
+        if self._is_one_operation(emb):
+            lengths = emb.new_full((batch,), enc_out.shape[1], dtype=torch.int32) if src_len is None else src_len
+            query = self.attn.linear_in.weight if self.attn.attn_type == "general" else None
+            y, state, align = attentional_decoder(
+                run, emb, enc_out, lengths, state, feed, drop, query, self.attn.linear_out.weight
+            )
+            kinds = ["std", "copy"] if self._reuse_copy_attn else ["std"]
+            return state, y, dict.fromkeys(kinds, align)
         record = _AttentionRecord(self)
         outputs = []
         for t, emb_t in enumerate(hints.unbind(emb, _BATCH_FIRST)):
@@ -153,6 +170,22 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
             record.copy(feed, enc_out)
             outputs.append(feed)
         return state, hints.stack(outputs, _BATCH_FIRST), record.stacked()
+
+    def _is_one_operation(self, emb: Tensor) -> bool:
+        """Nothing about this decoder needs its steps one by one, and the backend has it in one piece.
+
+        What may stand between two steps: another attention than Luong's, a gate, a coverage or copy attention, and
+        modules that somebody has replaced or hooked.
+        """
+        attention = self.attn
+        if not self.attentional or self.context_gate is not None or self._coverage or self.copy_attn is not None:
+            return False
+        if type(attention) is not GlobalAttention or attention.attn_func != "softmax" or attention.attn_type == "mlp":
+            return False
+        linears = [attention.linear_out, *([attention.linear_in] if attention.attn_type == "general" else [])]
+        plain = all(type(linear) in (torch.nn.Linear, StructuredLinear) and linear.bias is None for linear in linears)
+        hooked = any(_has_hooks(module) for module in (attention, *linears, self.rnn, *self.rnn.layers))
+        return plain and not hooked and is_available(emb)
 
     def _output_dropout(self, count: int, batch: int, like: Tensor) -> SteppedDropout:
         pattern = draw(

@@ -18,7 +18,7 @@ from sd_plugin.kernels.cpu import build
 from sd_plugin.kernels.cpu.build import BuildError, Target
 
 HERE = Path(__file__).parent
-KERNEL_TESTS = (HERE / "test_gemm.py", HERE / "test_lstm_kernels.py")
+KERNEL_TESTS = (HERE / "test_gemm.py", HERE / "test_lstm_kernels.py", HERE / "test_decoder_kernels.py")
 RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so"}
 
 

@@ -32,7 +32,8 @@ def test_counts_of_a_product() -> None:
 def test_counts_of_an_lstm() -> None:
     torch.manual_seed(0)
     lstm = StructuredDropoutLSTM(8, 4, bidirectional=True, recurrent_dropout=0.5, input_dropout=0.25, site="enc")
-    lstm(torch.ones(3, 2, 8))[0].sum().backward()
+    # The input's gradient is computed only for who has one.
+    lstm(torch.ones(3, 2, 8, requires_grad=True))[0].sum().backward()
     sites = stats.sites()
     assert set(sites) == {"enc.input", "enc.l0.recurrent", "enc.l0_reverse.recurrent"}
     rows, gates = 3 * 2, 4 * 4

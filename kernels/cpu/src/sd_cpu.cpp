@@ -1,5 +1,7 @@
 // The C interface of the CPU backend: every operation for float and for double.
+#include "decoder.h"
 #include "gemm.h"
+#include "loss.h"
 #include "lstm.h"
 
 namespace {
@@ -41,11 +43,32 @@ SD_EXPORT int sd_version() { return 1; }
                                     int64_t columns, const sd_kept* kept, T* dw) {                                    \
     return guarded([&] { sd::gemm_wg<T>(threads, *steps, *x, *dy, columns, *kept, dw); });                            \
   }                                                                                                                   \
+  SD_EXPORT int sd_cross_entropy_forward_##SUFFIX(int threads, int64_t rows, int64_t columns, const T* logits,         \
+                                                  int64_t stride, const int64_t* target, int64_t ignored,             \
+                                                  double smoothing, T* lse, T* loss) {                                \
+    return guarded([&] {                                                                                              \
+      sd::cross_entropy_forward<T>(threads, rows, columns, logits, stride, target, ignored, smoothing, lse, loss);    \
+    });                                                                                                               \
+  }                                                                                                                   \
+  SD_EXPORT int sd_cross_entropy_backward_##SUFFIX(int threads, int64_t rows, int64_t columns, const T* logits,        \
+                                                   int64_t stride, const int64_t* target, int64_t ignored,            \
+                                                   double smoothing, const T* lse, const T* scale, T* dlogits) {      \
+    return guarded([&] {                                                                                              \
+      sd::cross_entropy_backward<T>(threads, rows, columns, logits, stride, target, ignored, smoothing, lse, scale,   \
+                                    dlogits);                                                                         \
+    });                                                                                                               \
+  }                                                                                                                   \
   SD_EXPORT int sd_lstm_forward_##SUFFIX(int threads, const sd_lstm* call, const sd_lstm_out* out) {                  \
-    return guarded([&] { sd::Layer<T>(*call, threads).forward(*out); });                                              \
+    return guarded([&] { sd::lstm_forward<T>(threads, *call, *out); });                                              \
   }                                                                                                                   \
   SD_EXPORT int sd_lstm_backward_##SUFFIX(int threads, const sd_lstm* call, const sd_lstm_grad* grad) {               \
-    return guarded([&] { sd::Layer<T>(*call, threads).backward(*grad); });                                            \
+    return guarded([&] { sd::lstm_backward<T>(threads, *call, *grad); });                                             \
+  }                                                                                                                   \
+  SD_EXPORT int sd_decoder_forward_##SUFFIX(int threads, const sd_decoder* call, const sd_decoder_out* out) {         \
+    return guarded([&] { sd::Decoder<T>(*call, sd::Arena::mine()).forward(threads, *out); });                         \
+  }                                                                                                                   \
+  SD_EXPORT int sd_decoder_backward_##SUFFIX(int threads, const sd_decoder* call, const sd_decoder_grad* grad) {      \
+    return guarded([&] { sd::Decoder<T>(*call, sd::Arena::mine()).backward(threads, *grad); });                       \
   }
 
 SD_DEFINE(float, f32)

@@ -1,0 +1,200 @@
+"""The input-feeding decoder over a whole target sequence: one call of the library forward and one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import byref, c_void_p
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..kept import Kept
+from ..steps import Steps
+from .gemm import opmath
+from .library import (
+    CDecoder,
+    CDecoderGrad,
+    CDecoderOut,
+    CKept,
+    adjacent,
+    c_kept,
+    c_rows,
+    c_steps,
+    function,
+    padded_rows,
+    panel_width,
+    panels_of_layer,
+    pointer,
+)
+from .memory import empty
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..decoder import DecoderPatterns, DecoderWeights
+
+_BATCH_FIRST = Steps(1)
+
+
+class Saved(NamedTuple):
+    """What the backward call needs of the forward call; of each layer, then of the attention."""
+
+    gates: list[Tensor]
+    cells: list[Tensor]
+    operand: list[Tensor]
+    input: list[Tensor]
+    query: Tensor  #: kept units, ``[k, B]`` of each step
+    scored: Tensor  #: ``[T, B, H]``
+    context: Tensor  #: ``[T, H, B]``
+    align: Tensor  #: ``[T, B, S]``
+    attended: Tensor  #: ``[T, B, H]``
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> Any:
+    return (c_void_p * len(tensors))(*(pointer(tensor) for tensor in tensors))
+
+
+def _inputs(emb: Tensor, patterns: DecoderPatterns, hidden: int) -> Kept | None:
+    """Kept units of ``[emb_t, feed]``, side by side."""
+    count, size = emb.shape[1], emb.shape[2]
+    if patterns.embedding is None and patterns.feed is None:
+        return None
+    parts = [patterns.embedding or Kept.all(count, size), patterns.feed or Kept.all(count, hidden)]
+    return Kept.concat(parts)
+
+
+class _Call:
+    """The structure of a call, with the tensors that must outlive it."""
+
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        emb: Tensor,
+        memory: Tensor,
+        lengths: Tensor,
+        state: tuple[Tensor, Tensor, Tensor],
+        patterns: DecoderPatterns,
+    ) -> None:
+        self.weights, self.emb, self.memory = weights, adjacent(emb), memory.contiguous()
+        self.state = [tensor.contiguous() for tensor in state]
+        self.lengths = lengths.to(torch.int32).contiguous()
+        self.hidden, self.layers = weights.join.shape[1], len(weights.cells)
+        self.inputs = [_inputs(emb, patterns, self.hidden), *patterns.between]
+        self.patterns = patterns
+        self.alive: list[Any] = []
+
+    def kept(self, pattern: Kept | Tensor | None, size: int) -> CKept:
+        """The pattern's kept units as the library takes them: all of them beside a multiplier."""
+        structure, indices = c_kept(None if isinstance(pattern, torch.Tensor) else pattern, size)
+        self.alive.append(indices)
+        return structure
+
+    def mask(self, pattern: Kept | Tensor | None) -> Tensor | None:
+        """The pattern as a multiplier, if it is one."""
+        if not isinstance(pattern, torch.Tensor):
+            return None
+        self.alive.append(pattern.to(self.emb.dtype).contiguous())
+        return self.alive[-1]  # type: ignore[no-any-return]
+
+    def saved(self) -> Saved:
+        """Room for what the backward call needs."""
+        batch, count, _ = self.emb.shape
+        dtype, rows, hidden = self.emb.dtype, batch * count, self.hidden
+        width, panels = panel_width(dtype), panels_of_layer(hidden, dtype)
+
+        def compact(pattern: Kept | Tensor | None, size: int) -> Tensor:
+            return empty((pattern.width if isinstance(pattern, Kept) else size) * rows, dtype=dtype)
+
+        return Saved(
+            [empty(panels, padded_rows(rows, dtype), width, dtype=dtype) for _ in range(self.layers)],
+            [empty(rows, panels * width // 4, dtype=dtype) for _ in range(self.layers)],
+            [compact(pattern, hidden) for pattern in self.patterns.recurrent],
+            [compact(pattern, cell.input_size) for pattern, cell in zip(self.inputs, self.weights.cells, strict=True)],
+            compact(self.patterns.query, hidden),
+            *(empty(count, batch, hidden, dtype=dtype), empty(count, hidden, batch, dtype=dtype)),
+            *(empty(count, batch, self.memory.shape[1], dtype=dtype), empty(count, batch, hidden, dtype=dtype)),
+        )
+
+    def structure(self, saved: Saved) -> CDecoder:
+        """The call; valid while this object and ``saved`` live."""
+        cells = [cell.data for cell in self.weights.cells]
+        sizes = [cell.input_size for cell in self.weights.cells]
+        kept_x = (CKept * self.layers)(*map(self.kept, self.inputs, sizes))
+        kept_h = (CKept * self.layers)(*(self.kept(pattern, self.hidden) for pattern in self.patterns.recurrent))
+        h0, c0, feed = self.state
+        query = self.weights.query
+        return CDecoder(
+            c_steps(self.emb, _BATCH_FIRST), self.layers, self.emb.shape[2], self.hidden, self.memory.shape[1],
+            _addresses([cell.weight_ih for cell in cells]), _addresses([cell.weight_hh for cell in cells]),
+            _addresses([cell.bias for cell in cells]),
+            None if query is None else query.data.panels.data_ptr(), self.weights.join.data.panels.data_ptr(),
+            c_rows(self.emb, _BATCH_FIRST), kept_x, kept_h,
+            self.kept(self.patterns.query, self.hidden), self.kept(self.patterns.output, self.hidden),
+            _addresses([self.mask(pattern) for pattern in self.patterns.recurrent]),
+            _addresses([self.mask(pattern) for pattern in self.patterns.between]),
+            pointer(self.mask(self.patterns.query)), pointer(self.mask(self.patterns.output)),
+            self.memory.data_ptr(), self.lengths.data_ptr(), h0.data_ptr(), c0.data_ptr(), feed.data_ptr(),
+            _addresses(saved.gates), _addresses(saved.cells), _addresses(saved.operand), _addresses(saved.input),
+            saved.query.data_ptr(), saved.scored.data_ptr(), saved.context.data_ptr(), saved.align.data_ptr(),
+            saved.attended.data_ptr(),
+        )  # fmt: skip
+
+
+def decoder_forward(
+    weights: DecoderWeights,
+    emb: Tensor,
+    memory: Tensor,
+    lengths: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    patterns: DecoderPatterns,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Saved]:
+    """See :func:`sd_plugin.kernels.decoder_forward`."""
+    dtype, math = emb.dtype, opmath(emb.dtype)
+    h0, c0, feed = (tensor.to(math) for tensor in state)
+    call = _Call(weights, emb.to(math), memory.to(math), lengths, (h0, c0, feed), patterns)
+    saved = call.saved()
+    y = empty(*emb.shape[:2], call.hidden, dtype=math)
+    h_n, c_n = torch.empty_like(call.state[0]), torch.empty_like(call.state[1])
+    out = CDecoderOut(c_rows(y, _BATCH_FIRST), h_n.data_ptr(), c_n.data_ptr())
+    structure = call.structure(saved)
+    function("sd_decoder_forward", math)(torch.get_num_threads(), byref(structure), byref(out))
+    return y.to(dtype), h_n.to(dtype), c_n.to(dtype), saved.align.to(dtype), saved
+
+
+def decoder_backward(
+    weights: DecoderWeights,
+    dy: Tensor,
+    dstate: tuple[Tensor, Tensor],
+    dalign: Tensor | None,
+    emb: Tensor,
+    memory: Tensor,
+    lengths: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    saved: Saved,
+    patterns: DecoderPatterns,
+) -> tuple[Any, ...]:
+    """See :func:`sd_plugin.kernels.decoder_backward`."""
+    dtype, math = emb.dtype, opmath(emb.dtype)
+    h0, c0, feed = (tensor.to(math) for tensor in state)
+    call = _Call(weights, emb.to(math), memory.to(math), lengths, (h0, c0, feed), patterns)
+    dy = adjacent(dy.to(math))
+    dh_n, dc_n = (tensor.to(math).contiguous() for tensor in dstate)
+    dalign = None if dalign is None else dalign.to(math).contiguous()
+    hidden, sizes = call.hidden, [cell.input_size for cell in weights.cells]
+    demb, dmemory = empty(*emb.shape, dtype=math), empty(*memory.shape, dtype=math)
+    dh0, dc0, dfeed = (torch.empty_like(tensor) for tensor in call.state)
+    dw = [empty(4 * hidden, size, dtype=math) for size in sizes]
+    du = [empty(4 * hidden, hidden, dtype=math) for _ in sizes]
+    dbias = [empty(4 * hidden, dtype=math) for _ in sizes]
+    dquery = None if weights.query is None else empty(hidden, hidden, dtype=math)
+    djoin = empty(hidden, 2 * hidden, dtype=math)
+    grad = CDecoderGrad(
+        c_rows(dy, _BATCH_FIRST), dh_n.data_ptr(), dc_n.data_ptr(), pointer(dalign), c_rows(demb, _BATCH_FIRST),
+        dmemory.data_ptr(), dh0.data_ptr(), dc0.data_ptr(), dfeed.data_ptr(),
+        _addresses(dw), _addresses(du), _addresses(dbias), pointer(dquery), djoin.data_ptr(),
+    )  # fmt: skip
+    structure = call.structure(saved)
+    function("sd_decoder_backward", math)(torch.get_num_threads(), byref(structure), byref(grad))
+    cells = tuple(tuple(part.to(dtype) for part in parts) for parts in zip(dw, du, dbias, strict=True))
+    single = [tensor.to(dtype) for tensor in (demb, dmemory, dh0, dc0, dfeed)]
+    return (*single, cells, None if dquery is None else dquery.to(dtype), djoin.to(dtype))

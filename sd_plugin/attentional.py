@@ -1,0 +1,165 @@
+"""An input-feeding decoder with Luong attention as one differentiable operation over the whole target sequence.
+
+The embedding's product is taken over all steps at once, and every weight gradient once, not added up step by step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import hints, kernels
+from ._autocast import autocast_dtype
+from .functional import Operand, once_differentiable, pack_parameters
+from .kernels import DecoderPatterns, DecoderWeights, Kept, Steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .cell import StackedRun, SteppedDropout
+
+_BATCH_FIRST = Steps(1)
+
+
+@dataclass
+class _Call:
+    """The part of a decoder's call that is not differentiated."""
+
+    patterns: DecoderPatterns
+    counted: list[tuple[Operand, int, int]]  #: operand of a product, its rows and columns
+    weights: DecoderWeights
+
+    def count(self, products: int) -> None:
+        """Count every product that often."""
+        for operand, rows, columns in self.counted:
+            operand.count(rows, columns, self.weights.join.backend.NAME, products)
+
+
+class _AttentionalDecoder(torch.autograd.Function):
+    """See :func:`sd_plugin.kernels.decoder_forward`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        emb: Tensor,
+        memory: Tensor,
+        lengths: Tensor,
+        h0: Tensor,
+        c0: Tensor,
+        feed: Tensor,
+        call: _Call,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y, h_n, c_n, align, saved = kernels.decoder_forward(
+            call.weights, emb, memory, lengths, (h0, c0, feed), call.patterns
+        )
+        ctx.save_for_backward(emb, memory, lengths, h0, c0, feed)
+        ctx.call, ctx.saved = call, saved
+        # A gradient that nobody has is not filled with zeros.
+        ctx.set_materialize_grads(False)
+        call.count(1)
+        return y, h_n, c_n, align
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dalign: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        emb, memory, lengths, h0, c0, feed = ctx.saved_tensors
+        call: _Call = ctx.call
+        dy = emb.new_zeros(*emb.shape[:2], feed.shape[1]) if dy is None else dy
+        dstate = (torch.zeros_like(h0) if dh_n is None else dh_n, torch.zeros_like(c0) if dc_n is None else dc_n)
+        grads = kernels.decoder_backward(
+            call.weights, dy, dstate, dalign, emb, memory, lengths, (h0, c0, feed), ctx.saved, call.patterns
+        )
+        call.count(2)
+        of_cells: list[Tensor] = []
+        for dw, du, dbias in grads.cells:
+            # A copy: torch may accumulate into the tensor it is given.
+            of_cells += [dw, du, dbias, dbias.clone()]
+        of_parameters = [*of_cells, grads.query, grads.join]
+        wanted = ctx.needs_input_grad[7:]
+        return (
+            grads.emb, grads.memory, None, grads.h0, grads.c0, grads.feed0, None,
+            *(grad if want else None for grad, want in zip(of_parameters, wanted, strict=True)),
+        )  # fmt: skip
+
+
+def is_available(like: Tensor) -> bool:
+    """The backend for tensors like this one has the whole decoder in one piece."""
+    return autocast_dtype(like.device.type) is None and kernels.has_decoder(like.device, like.dtype)
+
+
+def attentional_decoder(
+    run: StackedRun,
+    emb: Tensor,
+    memory: Tensor,
+    lengths: Tensor,
+    state: tuple[Tensor, Tensor],
+    feed: Tensor,
+    output: SteppedDropout,
+    query_weight: Tensor | None,
+    join_weight: Tensor,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    """Run stacked cells with input feed and Luong attention over a whole target sequence.
+
+    Args:
+        run: the cells and the patterns drawn for this sequence.
+        emb: ``[B, T, E]`` target embeddings, with their hint, if any.
+        memory: ``[B, S, H]`` the encoder's output; lengths: ``[B]`` source lengths.
+        state: ``h`` and ``c`` ``[layers, B, H]``; feed: ``[B, H]``, the initial input feed.
+        output: dropout of the decoder's output.
+        query_weight: ``[H, H]`` of general attention, None for dot; join_weight: ``[H, 2H]``.
+
+    Returns:
+        ``[B, T, H]`` with its hint, the final state, and the attention ``[T, B, S]``.
+
+    Raises:
+        ValueError: shapes disagree. TypeError: dtypes or devices disagree.
+    """
+    batch, count, _ = emb.shape
+    hidden, rows = feed.shape[1], batch * count
+    hint = hints.lookup(emb)
+    embedding = Operand.hinted(hint if hint is not None and hint.speaks_of(emb, _BATCH_FIRST) else None)
+    recurrent, between, query, dropped = run.operands(output)
+    patterns = DecoderPatterns(
+        embedding.kept, _feed_pattern(dropped.kept, feed), tuple(operand.pattern for operand in between),
+        tuple(operand.pattern for operand in recurrent), query.pattern, dropped.pattern,
+    )  # fmt: skip
+    weights = DecoderWeights(
+        tuple(pack_parameters(parameters) for parameters in run.parameters),
+        None if query_weight is None else _pack(query_weight),
+        _pack(join_weight),
+    )
+    counted = [(embedding, rows, 4 * hidden), (query, rows, hidden), (dropped, rows - batch, 4 * hidden)]
+    counted += [(operand, rows, 4 * hidden) for operand in (*between, *recurrent)]
+    if query_weight is not None:
+        counted.append((query, rows, hidden))
+    parameters = [parameter for parameters in run.parameters for parameter in parameters]
+    y, h_n, c_n, align = _AttentionalDecoder.apply(
+        emb, memory, lengths, *state, feed, _Call(patterns, counted, weights), *parameters, query_weight, join_weight
+    )
+    if dropped.parts:
+        hints.attach(y, dropped.parts, _BATCH_FIRST)
+    return y, (h_n, c_n), align
+
+
+def _pack(weight: Tensor) -> kernels.PackedMatrix:
+    return kernels.gemm_pack(weight.detach().t())
+
+
+def _feed_pattern(output: Kept | None, feed: Tensor) -> Kept | None:
+    """Kept units of the feed at each step: those of the step before, and at the first step those of ``feed``."""
+    if output is None:
+        return None
+    indices, size = output.indices, output.size
+    if not indices.shape[0]:
+        return output.unscaled()
+    if not feed.requires_grad and not feed.any():
+        # A feed of zeros, as at the start of a sentence: whatever is visited contributes nothing.
+        return Kept(torch.cat([indices[:1], indices[:-1]]), size, 1.0, output.padded)
+    everything = torch.arange(size, dtype=torch.int32, device=indices.device).unsqueeze(0)
+    filling = indices.new_full((indices.shape[0] - 1, size - indices.shape[1]), size)
+    return Kept(torch.cat([everything, torch.cat([indices[:-1], filling], 1)]), size, 1.0, True)

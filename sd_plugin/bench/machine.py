@@ -1,0 +1,107 @@
+"""Where and with what a benchmark ran. Nothing here names a folder, a user or a host of the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__, kernels
+from . import opennmt_host
+
+
+def _field(path: str, name: str) -> str | None:
+    """The value of the first line ``name: value`` of a file of ``/proc``."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Processor, memory and device."""
+    memory = _field("/proc/meminfo", "MemTotal")
+    found: dict[str, Any] = {
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(int(memory.split()[0]) / 2**20, 1) if memory else None,
+        "load_average": round(os.getloadavg()[0], 2),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["gpu_memory_gib"] = round(torch.cuda.get_device_properties(device).total_memory / 2**30, 1)
+        # cuDNN's LSTM uses the first, torch.mm the second.
+        found["tf32"] = {"cudnn": torch.backends.cudnn.allow_tf32, "matmul": torch.backends.cuda.matmul.allow_tf32}
+    return found
+
+
+def versions() -> dict[str, Any]:
+    """Of everything that is timed; None for what is not installed."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sd-plugin": __version__,
+        "OpenNMT-py": opennmt_host.version(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
+    }
+
+
+def backend(device: torch.device) -> dict[str, Any]:
+    """The backend that calls go to, and how it was built where it tells (``describe`` of its module ``build``).
+
+    Raises:
+        BackendError: ``SD_PLUGIN_BACKEND`` forces one that cannot run here.
+    """
+    chosen: Any = kernels.choose("lstm", device, torch.float32, counted=False)
+    describe = getattr(getattr(chosen, "build", None), "describe", dict)
+    told: dict[str, str] = {name: without_folders(value) for name, value in describe().items()}
+    return {"name": chosen.NAME, "build": told}
+
+
+def git() -> dict[str, Any] | None:
+    """Commit of the checkout that this package is run from; None where it is not run from one."""
+    root = Path(__file__).resolve().parents[2]
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            command = ["git", "-C", str(root), *arguments]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top = ask("rev-parse", "--show-toplevel")
+    # An installed package may lie inside some other repository.
+    if top is None or Path(top).resolve() != root:
+        return None
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": ask("status", "--porcelain") != ""}
+
+
+def command(arguments: Sequence[str]) -> str:
+    """The command line, without the folders of the machine."""
+    return " ".join(["sd-plugin bench", *(without_folders(argument) for argument in arguments)])
+
+
+def without_folders(text: str) -> str:
+    """``text`` with every absolute path cut down to its last part."""
+    words = []
+    for word in text.split(" "):
+        name, equals, value = word.rpartition("=")
+        words.append(f"{name}{equals}{Path(value).name if os.path.isabs(value) else value}")
+    return " ".join(words)
+
+
+def now() -> str:
+    """The date and time, UTC."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

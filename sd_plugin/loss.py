@@ -1,0 +1,78 @@
+"""Cross entropy of large vocabularies that never holds the log-softmax: less memory, fewer passes over the logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import kernels
+from .functional import once_differentiable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss of each row, ``[R]``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float) -> Tensor:
+        loss, lse = kernels.cross_entropy_forward(logits, target, ignore_index, label_smoothing)
+        ctx.save_for_backward(logits, target, lse)
+        ctx.options = (ignore_index, label_smoothing)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, lse = ctx.saved_tensors
+        return kernels.cross_entropy_backward(logits, target, *ctx.options, lse, scale), None, None, None
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``torch.nn.functional.cross_entropy`` of ``[R, V]`` logits and ``[R]`` class indices; the same value.
+
+    Raises:
+        ValueError: ``reduction`` is unknown, or shapes disagree. IndexError: a target is no class.
+    """
+    loss: Tensor = _CrossEntropy.apply(logits, target, ignore_index, label_smoothing)
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / (target != ignore_index).sum()
+    raise ValueError(f"reduction must be none, mean or sum, got {reduction!r}")
+
+
+class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
+    """``nn.CrossEntropyLoss`` in arguments and value; :func:`cross_entropy` where that applies.
+
+    It does for class indices ``[R]`` without class weights, in float32 or float64 on a device whose backend has it.
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if self.weight is not None or input.dim() != 2 or target.dim() != 1 or not _is_supported(input):
+            return super().forward(input, target)
+        return cross_entropy(input, target, self.ignore_index, self.reduction, self.label_smoothing)
+
+    @classmethod
+    def adopt(cls, criterion: nn.Module) -> nn.Module:
+        """Make an existing ``nn.CrossEntropyLoss`` one of this class, in place; any other criterion is left alone."""
+        if type(criterion) is nn.CrossEntropyLoss:
+            criterion.__class__ = cls
+        return criterion
+
+
+def _is_supported(logits: Tensor) -> bool:
+    if logits.dtype not in (torch.float32, torch.float64):
+        return False
+    return kernels.choose("cross_entropy", logits.device, logits.dtype, counted=False).NAME != "reference"

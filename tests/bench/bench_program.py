@@ -1,0 +1,26 @@
+"""``sd-plugin bench`` as the tests run it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def bench(*arguments: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """``sd-plugin bench ARGUMENTS``, with no progress and no warnings but ours on standard error."""
+    command = [sys.executable, "-m", "sd_plugin", "bench", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environ}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A finished run: its file, what is in it, and what it printed."""
+
+    path: Path
+    document: dict[str, Any]
+    printed: str

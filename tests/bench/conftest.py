@@ -1,0 +1,40 @@
+"""What the tests of the benchmark share: one run of the program over everything, at tiny shapes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sd_plugin import stats
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from bench_program import TinyRun, bench
+
+
+@pytest.fixture(autouse=True)
+def process_state() -> Iterator[None]:
+    """Threads and counters are of the whole process; tests leave them as they were."""
+    threads = torch.get_num_threads()
+    stats.reset()
+    yield
+    stats.reset()
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Every workload, column, phase and sweep, once."""
+    folder = tmp_path_factory.mktemp("bench")
+    path = folder / "tiny.json"
+    done = bench(
+        *("--scale", "tiny", "--repeats", 2, "--warmup", 1, "--threads", 1, "--sweeps", "--no-memory", "--json", path),
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr
+    return TinyRun(path, json.loads(path.read_text(encoding="utf-8")), done.stdout)

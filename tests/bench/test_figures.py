@@ -1,0 +1,66 @@
+"""Figures and Markdown tables, drawn from the file alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bench_program import TinyRun
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """One of benchmarks/, which must not need torch."""
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT.parent)
+
+
+@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+def test_figures_of_steps_and_sweeps(tiny_run: TinyRun, tmp_path: Path, kind: str, start: bytes) -> None:
+    pytest.importorskip("matplotlib")
+    done = program("plot.py", tiny_run.path, "--out", tmp_path / "figures", "--format", kind)
+    assert done.returncode == 0, done.stderr
+    files = sorted((tmp_path / "figures").iterdir())
+    expected = ["speedups", *(f"sweep-{axis}" for axis in "BHTp")]
+    assert [file.name for file in files] == [f"tiny-{name}.{kind}" for name in expected]
+    assert all(file.read_bytes().startswith(start) for file in files)
+    if kind == "svg":
+        text = files[0].read_text(encoding="utf-8")
+        assert all(label in text for label in ("NR+RH+ST", "whole step", "AWD-LSTM", "no result"))
+
+
+def test_an_unfinished_run_is_drawn_as_far_as_it_goes(tiny_run: TinyRun, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    document = dict(tiny_run.document)
+    some = {name: document["workloads"][name] for name in ("awd-lstm",)}
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps({**document, "workloads": some, "sweeps": [], "complete": False}))
+    done = program("plot.py", path, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "some-speedups.png")]
+
+
+@pytest.mark.parametrize("name", ["plot.py", "table.py"])
+def test_what_is_no_benchmark_is_told_in_a_line(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text("{}")
+    done = program(name, path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line == f"{name}: {path} was not written by sd-plugin bench"
+
+
+def test_tables_are_markdown_and_say_they_are_tiny(tiny_run: TinyRun) -> None:
+    done = program("table.py", tiny_run.path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("TINY SHAPES")
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert sum("(tiny)" in row for row in rows) >= 2 * 4 * len(tiny_run.document["workloads"])
+    assert "- NER (LSTM part): LSTM part only" in done.stdout
+    only = program("table.py", tiny_run.path, "--only", "steps").stdout
+    assert "**whole training steps**" in only and "by themselves" not in only
+    assert program("table.py", tiny_run.path, "--only", "x").returncode == 2

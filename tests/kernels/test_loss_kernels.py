@@ -1,0 +1,61 @@
+"""Cross entropy of each row against torch's in float64, gradients by autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sd_plugin.kernels import cross_entropy_backward, cross_entropy_forward
+
+from .cases import STRIDES, strided, tensor_of
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
+
+
+@given(
+    rows=st.integers(0, 6), columns=st.integers(1, 70), seed=st.integers(0, 10**6), how=STRIDES,
+    smoothing=st.sampled_from([0.0, 0.1]), spread=st.sampled_from([1.0, 30.0]), dtype=st.sampled_from(list(TOLERANCE)),
+)  # fmt: skip
+def test_forward_and_backward(
+    backend: str, device: str, rows: int, columns: int, seed: int, how: str, smoothing: float, spread: float,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    logits = (tensor_of(seed, rows, columns) * spread).to(dtype)
+    target = torch.randint(-1, columns, (rows,), generator=torch.Generator().manual_seed(seed))
+    scale = tensor_of(seed + 1, rows).to(dtype)
+    exact = logits.double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(
+        exact, target, ignore_index=-1, reduction="none", label_smoothing=smoothing
+    )
+    (gradient,) = torch.autograd.grad(loss, exact, scale.double())
+
+    on, target = strided(logits.to(device), how), target.to(device)
+    got, lse = cross_entropy_forward(on, target, -1, smoothing)
+    dlogits = cross_entropy_backward(on, target, -1, smoothing, lse, scale.to(device))
+
+    assert got.dtype == dlogits.dtype == dtype
+    bound = TOLERANCE[dtype] * (1 + spread)
+    torch.testing.assert_close(got.cpu().double(), loss.detach(), rtol=bound, atol=bound)
+    torch.testing.assert_close(dlogits.cpu().double(), gradient, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("column", [0, 40])
+def test_a_nan_is_not_hidden(backend: str, device: str, column: int) -> None:
+    logits = torch.zeros(2, 41, device=device)
+    logits[1, column] = float("nan")
+    loss, _ = cross_entropy_forward(logits, torch.tensor([3, 3], device=device), -100, 0.0)
+    assert loss.isnan().tolist() == [False, True]
+
+
+def test_bad_targets_and_shapes(backend: str, device: str) -> None:
+    logits = torch.zeros(2, 5, device=device)
+    with pytest.raises(IndexError, match=r"Target 5 is out of bounds"):
+        cross_entropy_forward(logits, torch.tensor([0, 5], device=device), -100, 0.0)
+    with pytest.raises(IndexError, match=r"Target -1 is out of bounds"):
+        cross_entropy_forward(logits, torch.tensor([-1, 0], device=device), -100, 0.0)
+    with pytest.raises(ValueError, match=r"need logits \[R, V\] and target \[R\]"):
+        cross_entropy_forward(logits, torch.zeros(3, dtype=torch.int64, device=device), -100, 0.0)
+    with pytest.raises(TypeError, match="target must be int64"):
+        cross_entropy_forward(logits, torch.zeros(2, dtype=torch.int32, device=device), -100, 0.0)
