@@ -152,9 +152,10 @@ def _check(
         inputs = hidden if layer else embed + hidden
         if (cell.input_size, cell.hidden_size) != (inputs, hidden):
             raise ValueError(f"layer {layer} takes {cell.input_size} inputs, must take {inputs}")
-    for tensor in (memory, *state, *weights.cells, weights.join):
-        if tensor.dtype != emb.dtype or tensor.device != emb.device:
-            raise TypeError(f"emb is {emb.dtype} on {emb.device}, another operand {tensor.dtype} on {tensor.device}")
+    operands: list[Any] = [memory, *state, *weights.cells, weights.join]
+    for other in operands:
+        if other.dtype != emb.dtype or other.device != emb.device:
+            raise TypeError(f"emb is {emb.dtype} on {emb.device}, another operand {other.dtype} on {other.device}")
     _check_pattern(patterns.embedding, count, batch, embed)
     for pattern in (patterns.feed, *patterns.between, *patterns.recurrent, patterns.query, patterns.output):
         _check_pattern(pattern, count, batch, hidden)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import hints, kernels
+from . import _stash, hints, kernels
 from ._autocast import autocast_dtype
 from .functional import Operand, once_differentiable, pack_parameters
 from .kernels import DecoderPatterns, DecoderWeights, Kept, Steps
@@ -29,12 +29,12 @@ class _Call:
 
     patterns: DecoderPatterns
     counted: list[tuple[Operand, int, int]]  #: operand of a product, its rows and columns
-    weights: DecoderWeights
+    backend: str
 
     def count(self, products: int) -> None:
         """Count every product that often."""
         for operand, rows, columns in self.counted:
-            operand.count(rows, columns, self.weights.join.backend.NAME, products)
+            operand.count(rows, columns, self.backend, products)
 
 
 class _AttentionalDecoder(torch.autograd.Function):
@@ -49,14 +49,14 @@ class _AttentionalDecoder(torch.autograd.Function):
         h0: Tensor,
         c0: Tensor,
         feed: Tensor,
+        weights: DecoderWeights,
         call: _Call,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        y, h_n, c_n, align, saved = kernels.decoder_forward(
-            call.weights, emb, memory, lengths, (h0, c0, feed), call.patterns
-        )
-        ctx.save_for_backward(emb, memory, lengths, h0, c0, feed)
-        ctx.call, ctx.saved = call, saved
+        state = (h0, c0, feed)
+        y, h_n, c_n, align, saved = kernels.decoder_forward(weights, emb, memory, lengths, state, call.patterns)
+        _stash.save(ctx, emb, memory, lengths, state, weights, saved)
+        ctx.call = call
         # A gradient that nobody has is not filled with zeros.
         ctx.set_materialize_grads(False)
         call.count(1)
@@ -67,22 +67,21 @@ class _AttentionalDecoder(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dalign: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        emb, memory, lengths, h0, c0, feed = ctx.saved_tensors
+        emb, memory, lengths, state, weights, saved = _stash.saved(ctx)
         call: _Call = ctx.call
+        h0, c0, feed = state
         dy = emb.new_zeros(*emb.shape[:2], feed.shape[1]) if dy is None else dy
         dstate = (torch.zeros_like(h0) if dh_n is None else dh_n, torch.zeros_like(c0) if dc_n is None else dc_n)
-        grads = kernels.decoder_backward(
-            call.weights, dy, dstate, dalign, emb, memory, lengths, (h0, c0, feed), ctx.saved, call.patterns
-        )
+        grads = kernels.decoder_backward(weights, dy, dstate, dalign, emb, memory, lengths, state, saved, call.patterns)
         call.count(2)
         of_cells: list[Tensor] = []
         for dw, du, dbias in grads.cells:
             # A copy: torch may accumulate into the tensor it is given.
             of_cells += [dw, du, dbias, dbias.clone()]
         of_parameters = [*of_cells, grads.query, grads.join]
-        wanted = ctx.needs_input_grad[7:]
+        wanted = ctx.needs_input_grad[8:]
         return (
-            grads.emb, grads.memory, None, grads.h0, grads.c0, grads.feed0, None,
+            grads.emb, grads.memory, None, grads.h0, grads.c0, grads.feed0, None, None,
             *(grad if want else None for grad, want in zip(of_parameters, wanted, strict=True)),
         )  # fmt: skip
 
@@ -137,9 +136,10 @@ def attentional_decoder(
     counted += [(operand, rows, 4 * hidden) for operand in (*between, *recurrent)]
     if query_weight is not None:
         counted.append((query, rows, hidden))
+    call = _Call(patterns, counted, weights.join.backend.NAME)
     parameters = [parameter for parameters in run.parameters for parameter in parameters]
     y, h_n, c_n, align = _AttentionalDecoder.apply(
-        emb, memory, lengths, *state, feed, _Call(patterns, counted, weights), *parameters, query_weight, join_weight
+        emb, memory, lengths, *state, feed, weights, call, *parameters, query_weight, join_weight
     )
     if dropped.parts:
         hints.attach(y, dropped.parts, _BATCH_FIRST)

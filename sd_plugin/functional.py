@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable as torch_once_differentiable
 
-from . import hints, kernels, stats
+from . import _stash, hints, kernels, stats
 from ._autocast import cast_for_autocast, without_autocast
 from .hints import Draw, Part
 from .kernels import TIME_MAJOR, Kept, PackedWeights, Steps, Wanted
@@ -119,22 +119,22 @@ class _Linear(torch.autograd.Function):
         with without_autocast(x.device.type):
             packed = kernels.gemm_pack(weight.t())
             y = kernels.gemm_fp(x, packed, operand.kept, steps, bias)
-        ctx.save_for_backward(x)
-        ctx.operand, ctx.steps, ctx.packed = operand, steps, packed
+        _stash.save(ctx, x, packed)
+        ctx.operand, ctx.steps = operand, steps
         operand.count(x[..., 0].numel(), weight.shape[0], packed.backend.NAME, 1)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        x, packed = _stash.saved(ctx)
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         kept, steps = ctx.operand.kept, ctx.steps
         with without_autocast(x.device.type):
-            dx = kernels.gemm_bp(dy, ctx.packed, kept, steps) if needs_x else None
+            dx = kernels.gemm_bp(dy, packed, kept, steps) if needs_x else None
             dweight = kernels.gemm_wg(x, dy, kept, steps).t() if needs_weight else None
             dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
-        ctx.operand.count(x[..., 0].numel(), dy.shape[-1], ctx.packed.backend.NAME, needs_x + needs_weight)
+        ctx.operand.count(x[..., 0].numel(), dy.shape[-1], packed.backend.NAME, needs_x + needs_weight)
         return dx, dweight, dbias, None, None
 
 
@@ -206,24 +206,24 @@ class _LSTMLayer(torch.autograd.Function):
             y, h_n, c_n, saved = kernels.lstm_forward(
                 packed, x, h0, c0, call.input.kept, call.recurrent.pattern, call.steps, call.reverse
             )
-        ctx.save_for_backward(x, *saved)
-        ctx.call, ctx.packed = call, packed
+        _stash.save(ctx, x, saved, packed)
+        ctx.call = call
         call.count(x, packed.hidden_size, packed.backend.NAME, 1)
         return y, h_n, c_n
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor | None, ...]:
-        x, *saved = ctx.saved_tensors
+        x, saved, packed = _stash.saved(ctx)
         call: LayerCall = ctx.call
         needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh, _ = ctx.needs_input_grad
         wanted = Wanted(needs_x, needs_weight_ih, needs_weight_hh, needs_bias_ih or needs_bias_hh)
         with without_autocast(x.device.type):
             grads = kernels.lstm_backward(
-                ctx.packed, dy, dh_n, dc_n, x, tuple(saved), call.input.kept, call.recurrent.pattern, call.steps,
+                packed, dy, dh_n, dc_n, x, saved, call.input.kept, call.recurrent.pattern, call.steps,
                 call.reverse, wanted,
             )  # fmt: skip
-        hidden, backend = ctx.packed.hidden_size, ctx.packed.backend.NAME
+        hidden, backend = packed.hidden_size, packed.backend.NAME
         call.input.count(x[..., 0].numel(), 4 * hidden, backend, wanted.x + wanted.weight_ih)
         call.recurrent.count(x[..., 0].numel(), 4 * hidden, backend, 1 + wanted.weight_hh)
         return (

@@ -28,7 +28,9 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, lse = ctx.saved_tensors
-        return kernels.cross_entropy_backward(logits, target, *ctx.options, lse, scale), None, None, None
+        ignore_index, label_smoothing = ctx.options
+        gradient = kernels.cross_entropy_backward(logits, target, ignore_index, label_smoothing, lse, scale)
+        return gradient, None, None, None
 
 
 def cross_entropy(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SMALLEST = 1 << 20
 #: Idle memory is given back to the system beyond this many bytes.
 MOST_IDLE = 1 << 29
+#: A block may be this many times as large as what is put there.
+MOST_WASTE = 3
 _HUGE = 1 << 21
 
 
@@ -59,15 +61,19 @@ class Pool:
         # A view of the block's memory whose death tells that no tensor uses it any more.
         view = (ctypes.c_char * len(block)).from_buffer(block)
         weakref.finalize(view, self._give, block).atexit = False
-        return torch.frombuffer(view, dtype=dtype, count=count).view(tuple(shape))
+        memory = torch.frombuffer(view, dtype=dtype, count=count)
+        # Not a view of it: views of the result must lead back to the result itself (`_base`).
+        strides = [prod(shape[i + 1 :]) for i in range(len(shape))]
+        return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape), strides)
 
     def _take(self, size: int) -> mmap.mmap:
         with self._lock:
-            idle = self._idle.get(size)
-            if idle:
+            fitting = [idle for idle in self._idle if size <= idle <= size * MOST_WASTE]
+            if fitting:
+                size = min(fitting)
                 self._idle_bytes -= size
-                block = idle.pop()
-                if not idle:
+                block = self._idle[size].pop()
+                if not self._idle[size]:
                     del self._idle[size]
                 return block
         block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
