@@ -47,7 +47,7 @@ constexpr int kGradUnits = 6, kGradVectors = 2;
 #endif
 constexpr int kForwardVectors = 2;
 // Rows of weights fetched ahead; a row takes about ten cycles.
-constexpr int kAhead = 12;
+constexpr int kAhead = 24;
 
 struct Range {
   int64_t begin, end;
