@@ -73,7 +73,7 @@ class DecoderGradients(NamedTuple):
     feed0: Tensor
     cells: tuple[tuple[Tensor, Tensor, Tensor], ...]  #: ``weight_ih``, ``weight_hh`` and the bias of each layer
     query: Tensor | None  #: ``[H, H]``, as the host's linear layer holds it
-    join: Tensor  #: ``[H, 2H]``, likewise
+    join: Tensor | None  #: ``[H, 2H]``, likewise
 
 
 def decoder_forward(
@@ -114,16 +114,29 @@ def decoder_backward(
     state: tuple[Tensor, Tensor, Tensor],
     saved: Any,
     patterns: DecoderPatterns,
+    weights_wanted: bool = True,
 ) -> DecoderGradients:
     """Gradients of :func:`decoder_forward`; arguments as given to it, ``saved`` as returned by it.
 
     Args:
         dy: ``[B, T, H]``; dstate: gradients of ``h_n`` and ``c_n``; dalign: ``[T, B, S]`` or None.
+        weights_wanted: compute the gradients of the weights; without it ``cells`` is empty and the others None.
+
+    Raises:
+        ValueError: shapes disagree. TypeError: dtypes or devices disagree.
     """
+    _check(weights, emb, memory, lengths, state, patterns)
+    batch, count, hidden = emb.shape[0], emb.shape[1], weights.join.shape[1]
+    _check_shape("dy", dy, (batch, count, hidden), emb)
+    for name, gradient, value in zip(("dh_n", "dc_n"), dstate, state, strict=False):
+        _check_shape(name, gradient, tuple(value.shape), emb)
+    if dalign is not None:
+        _check_shape("dalign", dalign, (count, batch, memory.shape[1]), emb)
     backend: Any = weights.join.backend
-    return DecoderGradients(
-        *backend.decoder_backward(weights, dy, dstate, dalign, emb, memory, lengths, state, saved, patterns)
+    grads = backend.decoder_backward(
+        weights, dy, dstate, dalign, emb, memory, lengths, state, saved, patterns, weights_wanted
     )
+    return DecoderGradients(*grads)
 
 
 def _check(
@@ -137,28 +150,38 @@ def _check(
     Steps(1).check("emb", emb)
     batch, count, embed = emb.shape
     hidden, layers = weights.join.shape[1], len(weights.cells)
+    if weights.join.shape[0] != 2 * hidden:
+        raise ValueError(f"join must be [{2 * hidden}, {hidden}], got {list(weights.join.shape)}")
+    if weights.query is not None and weights.query.shape != (hidden, hidden):
+        raise ValueError(f"query must be [{hidden}, {hidden}], got {list(weights.query.shape)}")
+    if not layers or len(patterns.recurrent) != layers or len(patterns.between) != layers - 1:
+        told = f"{len(patterns.recurrent)} recurrent patterns and {len(patterns.between)} between layers"
+        raise ValueError(f"{layers} layers take as many recurrent patterns, and one less between them, got {told}")
     if memory.dim() != 3 or (memory.shape[0], memory.shape[2]) != (batch, hidden):
         raise ValueError(f"memory must be [{batch}, S, {hidden}], got {tuple(memory.shape)}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths must be [{batch}], got {tuple(lengths.shape)}")
-    for name, tensor, shape in (
-        ("h0", state[0], (layers, batch, hidden)),
-        ("c0", state[1], (layers, batch, hidden)),
-        ("feed", state[2], (batch, hidden)),
-    ):
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)}, got {tuple(tensor.shape)}")
+    for name, tensor in zip(("h0", "c0"), state, strict=False):
+        _check_shape(name, tensor, (layers, batch, hidden), emb)
+    _check_shape("feed", state[2], (batch, hidden), emb)
     for layer, cell in enumerate(weights.cells):
         inputs = hidden if layer else embed + hidden
         if (cell.input_size, cell.hidden_size) != (inputs, hidden):
             raise ValueError(f"layer {layer} takes {cell.input_size} inputs, must take {inputs}")
-    operands: list[Any] = [memory, *state, *weights.cells, weights.join]
+    operands: list[Any] = [memory, *weights.cells, weights.join]
     for other in operands:
         if other.dtype != emb.dtype or other.device != emb.device:
             raise TypeError(f"emb is {emb.dtype} on {emb.device}, another operand {other.dtype} on {other.device}")
     _check_pattern(patterns.embedding, count, batch, embed)
     for pattern in (patterns.feed, *patterns.between, *patterns.recurrent, patterns.query, patterns.output):
         _check_pattern(pattern, count, batch, hidden)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, emb {like.dtype} on {like.device}")
 
 
 def _check_pattern(pattern: Kept | Tensor | None, count: int, batch: int, size: int) -> None:

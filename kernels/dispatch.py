@@ -35,7 +35,10 @@ class BackendError(RuntimeError):
 
 
 class Backend(Protocol):
-    """What a backend's module offers; arguments are checked before it is called."""
+    """What a backend's module offers; arguments are checked before it is called.
+
+    It may also have ``decoder_forward`` and ``decoder_backward`` (:mod:`.decoder`).
+    """
 
     NAME: str
 

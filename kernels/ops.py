@@ -145,6 +145,8 @@ def cross_entropy_forward(
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(f"need logits [R, V] and target [R], got {tuple(logits.shape)} and {tuple(target.shape)}")
+    if logits.shape[1] == 0:
+        raise ValueError(f"need at least one column, got logits {tuple(logits.shape)}")
     if target.dtype != torch.int64 or target.device != logits.device:
         raise TypeError(f"target must be int64 on {logits.device}, got {target.dtype} on {target.device}")
     columns = logits.shape[1]
@@ -158,7 +160,14 @@ def cross_entropy_forward(
 def cross_entropy_backward(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, lse: Tensor, scale: Tensor
 ) -> Tensor:
-    """Gradient of :func:`cross_entropy_forward`: ``[R, V]``, from that of each row's loss, ``scale`` ``[R]``."""
+    """Gradient of :func:`cross_entropy_forward`: ``[R, V]``, from that of each row's loss, ``scale`` ``[R]``.
+
+    Raises:
+        ValueError: ``lse`` or ``scale`` is not ``[R]``.
+    """
+    for name, tensor in (("lse", lse), ("scale", scale)):
+        if tensor.shape != logits.shape[:1]:
+            raise ValueError(f"{name} must be [{logits.shape[0]}], got {tuple(tensor.shape)}")
     backend = choose("cross_entropy", logits.device, logits.dtype)
     return backend.cross_entropy_backward(logits, target, ignore_index, label_smoothing, lse, scale)
 

@@ -72,18 +72,20 @@ class _AttentionalDecoder(torch.autograd.Function):
         h0, c0, feed = state
         dy = emb.new_zeros(*emb.shape[:2], feed.shape[1]) if dy is None else dy
         dstate = (torch.zeros_like(h0) if dh_n is None else dh_n, torch.zeros_like(c0) if dc_n is None else dc_n)
-        grads = kernels.decoder_backward(weights, dy, dstate, dalign, emb, memory, lengths, state, saved, call.patterns)
-        call.count(2)
+        wanted = ctx.needs_input_grad[8:]
+        grads = kernels.decoder_backward(
+            weights, dy, dstate, dalign, emb, memory, lengths, state, saved, call.patterns, any(wanted)
+        )
+        call.count(1 + any(wanted))
+        gradients = (grads.emb, grads.memory, None, grads.h0, grads.c0, grads.feed0, None, None)
+        if not any(wanted):
+            return (*gradients, *(None for _ in wanted))
         of_cells: list[Tensor] = []
         for dw, du, dbias in grads.cells:
             # A copy: torch may accumulate into the tensor it is given.
             of_cells += [dw, du, dbias, dbias.clone()]
         of_parameters = [*of_cells, grads.query, grads.join]
-        wanted = ctx.needs_input_grad[8:]
-        return (
-            grads.emb, grads.memory, None, grads.h0, grads.c0, grads.feed0, None, None,
-            *(grad if want else None for grad, want in zip(of_parameters, wanted, strict=True)),
-        )  # fmt: skip
+        return (*gradients, *(grad if want else None for grad, want in zip(of_parameters, wanted, strict=True)))
 
 
 def is_available(like: Tensor) -> bool:

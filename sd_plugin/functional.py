@@ -78,7 +78,7 @@ class Operand:
     """An activation's pattern on its way into a product, with the sites to count it for.
 
     Attributes:
-        pattern: kept units, a multiplier ``[T, B, K]`` (recurrent only) or None (dense).
+        pattern: kept units, a multiplier ``[T, B, K]`` (random dropout inside the product) or None (dense).
         parts: the dropouts that make the pattern up.
     """
 
@@ -92,7 +92,7 @@ class Operand:
 
     @classmethod
     def drawn(cls, pattern: Kept | Tensor | None, site: str) -> Operand:
-        """A recurrent pattern, drawn at ``site`` and used at once."""
+        """A pattern that the product itself applies, drawn at ``site`` and used at once."""
         if not isinstance(pattern, Kept):
             return cls(pattern)
         draw = Draw(site, pattern)

@@ -42,9 +42,14 @@ def cross_entropy(
 ) -> Tensor:
     """``torch.nn.functional.cross_entropy`` of ``[R, V]`` logits and ``[R]`` class indices; the same value.
 
+    It has no second derivative, and the logits must not be modified in place before the backward pass.
+
     Raises:
-        ValueError: ``reduction`` is unknown, or shapes disagree. IndexError: a target is no class.
+        ValueError: ``reduction`` or ``label_smoothing`` is out of range, or shapes disagree. IndexError: a target is no
+            class.
     """
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     loss: Tensor = _CrossEntropy.apply(logits, target, ignore_index, label_smoothing)
     if reduction == "none":
         return loss
@@ -58,11 +63,12 @@ def cross_entropy(
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
     """``nn.CrossEntropyLoss`` in arguments and value; :func:`cross_entropy` where that applies.
 
-    It does for class indices ``[R]`` without class weights, in float32 or float64 on a device whose backend has it.
+    It does for int64 class indices ``[R]`` without class weights, in float32 or float64 where a backend is made for it.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        if self.weight is not None or input.dim() != 2 or target.dim() != 1 or not _is_supported(input):
+        indices = input.dim() == 2 and target.dim() == 1 and target.dtype == torch.int64
+        if self.weight is not None or not indices or not _is_supported(input):
             return super().forward(input, target)
         return cross_entropy(input, target, self.ignore_index, self.reduction, self.label_smoothing)
 

@@ -172,6 +172,7 @@ def decoder_backward(
     state: tuple[Tensor, Tensor, Tensor],
     saved: Saved,
     patterns: DecoderPatterns,
+    weights_wanted: bool,
 ) -> tuple[Any, ...]:
     """See :func:`sd_plugin.kernels.decoder_backward`."""
     dtype, math = emb.dtype, opmath(emb.dtype)
@@ -180,21 +181,21 @@ def decoder_backward(
     dy = adjacent(dy.to(math))
     dh_n, dc_n = (tensor.to(math).contiguous() for tensor in dstate)
     dalign = None if dalign is None else dalign.to(math).contiguous()
-    hidden, sizes = call.hidden, [cell.input_size for cell in weights.cells]
+    hidden, sizes = call.hidden, [cell.input_size for cell in weights.cells] if weights_wanted else []
     demb, dmemory = empty(*emb.shape, dtype=math), empty(*memory.shape, dtype=math)
     dh0, dc0, dfeed = (torch.empty_like(tensor) for tensor in call.state)
     dw = [empty(4 * hidden, size, dtype=math) for size in sizes]
     du = [empty(4 * hidden, hidden, dtype=math) for _ in sizes]
     dbias = [empty(4 * hidden, dtype=math) for _ in sizes]
-    dquery = None if weights.query is None else empty(hidden, hidden, dtype=math)
-    djoin = empty(hidden, 2 * hidden, dtype=math)
+    dquery = empty(hidden, hidden, dtype=math) if weights_wanted and weights.query is not None else None
+    djoin = empty(hidden, 2 * hidden, dtype=math) if weights_wanted else None
     grad = CDecoderGrad(
         c_rows(dy, _BATCH_FIRST), dh_n.data_ptr(), dc_n.data_ptr(), pointer(dalign), c_rows(demb, _BATCH_FIRST),
         dmemory.data_ptr(), dh0.data_ptr(), dc0.data_ptr(), dfeed.data_ptr(),
-        _addresses(dw), _addresses(du), _addresses(dbias), pointer(dquery), djoin.data_ptr(),
+        *(_addresses(part) if weights_wanted else None for part in (dw, du, dbias)), pointer(dquery), pointer(djoin),
     )  # fmt: skip
     structure = call.structure(saved)
     function("sd_decoder_backward", math)(torch.get_num_threads(), byref(structure), byref(grad))
     cells = tuple(tuple(part.to(dtype) for part in parts) for parts in zip(dw, du, dbias, strict=True))
     single = [tensor.to(dtype) for tensor in (demb, dmemory, dh0, dc0, dfeed)]
-    return (*single, cells, None if dquery is None else dquery.to(dtype), djoin.to(dtype))
+    return (*single, cells, *(None if tensor is None else tensor.to(dtype) for tensor in (dquery, djoin)))

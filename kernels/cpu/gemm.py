@@ -60,7 +60,7 @@ def _layout(steps: Steps, kept: Kept | None, *activations: Tensor) -> tuple[Step
     locked = kept is not None and kept.steps > 0 and (kept.steps == 1 or kept.indices.stride(0) == 0)
     if kept is not None and not locked:
         return steps, kept, [adjacent(x) for x in activations]
-    flat = [x.reshape(-1, x.shape[-1]).contiguous() for x in activations]
+    flat = [x.flatten(0, -2).contiguous() for x in activations]
     rows = flat[0].shape[0]
     sizes = [BLOCK_ROWS] * (rows // BLOCK_ROWS) + ([rows % BLOCK_ROWS] if rows % BLOCK_ROWS else [])
     if kept is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_void_p
+from dataclasses import replace
 from functools import cache, lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -179,7 +180,8 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
     """The library's function of that name for that dtype.
 
     Raises:
-        BuildError: the library cannot be built. The function itself raises MemoryError.
+        BuildError: the library cannot be built. The function itself raises MemoryError, or ValueError for kept units
+            that do not ascend.
     """
     found = getattr(load(), f"{name}_{SUFFIXES[dtype]}")
     found.argtypes, found.restype = SIGNATURES[name], c_int
@@ -188,8 +190,10 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
 
 
 def _check(result: int, called: Any, arguments: Any) -> int:
-    if result != 0:
+    if result == 1:
         raise MemoryError(f"{called.__name__}: out of memory for its scratch space")
+    if result != 0:
+        raise ValueError("kept units of a step must be strictly ascending, from 0 to size - 1")
     return result
 
 
@@ -254,6 +258,8 @@ def c_kept(kept: Kept | None, size: int) -> tuple[CKept, Tensor | None]:
     """Kept units of ``size``, and the tensor that must live as long."""
     if kept is None:
         return CKept(None, 0, size, size, 1.0), None
+    if kept.width == 0:  # no unit at all; a null pointer would mean all of them
+        return c_kept(replace(kept, indices=kept.indices.new_full((kept.steps, 1), size), padded=True), size)
     indices = kept.indices if kept.indices.stride(1) == 1 or kept.width <= 1 else kept.indices.contiguous()
     stride = indices.stride(0) if kept.steps > 1 else max(kept.width, 1)
     return CKept(indices.data_ptr(), stride, kept.width, size, kept.scale), indices

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import os
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from math import prod
-from threading import RLock
+from threading import Lock
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,14 +38,19 @@ def _rounded(size: int) -> int:
 
 
 class Pool:
-    """Idle blocks by size, the longest idle first."""
+    """Idle blocks by size, the longest idle first.
+
+    A finalizer, which the garbage collector may run in the middle of any line, of the same thread too, only appends
+    to a queue; and whoever finds the pool in use allocates anew instead of waiting.
+    """
 
     def __init__(self, most_idle: int = MOST_IDLE) -> None:
         self._most_idle = most_idle
+        self._returned: deque[mmap.mmap] = deque()
         self._idle: OrderedDict[int, list[mmap.mmap]] = OrderedDict()
         self._idle_bytes = 0
-        # Finalizers may run in the middle of a call of the same thread.
-        self._lock = RLock()
+        self._lock = Lock()
+        os.register_at_fork(after_in_child=self._renew_lock)
 
     @property
     def idle_bytes(self) -> int:
@@ -52,7 +58,7 @@ class Pool:
         return self._idle_bytes
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """``torch.empty`` on the CPU."""
+        """``torch.empty`` on the CPU; of 1 MiB and more it cannot be resized."""
         count = prod(shape)
         size = count * dtype.itemsize
         if size < SMALLEST:
@@ -67,33 +73,54 @@ class Pool:
         return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, tuple(shape), strides)
 
     def _take(self, size: int) -> mmap.mmap:
-        with self._lock:
-            fitting = [idle for idle in self._idle if size <= idle <= size * MOST_WASTE]
-            if fitting:
-                size = min(fitting)
-                self._idle_bytes -= size
-                block = self._idle[size].pop()
-                if not self._idle[size]:
-                    del self._idle[size]
-                return block
-        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if size >= _HUGE:
-            # Not every kernel has huge pages; they are only faster.
-            with contextlib.suppress(OSError, AttributeError):
-                block.madvise(mmap.MADV_HUGEPAGE)
-        return block
+        if self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+                fitting = [idle for idle in self._idle if size <= idle <= size * MOST_WASTE]
+                if fitting:
+                    return self._pop(min(fitting), -1)
+            finally:
+                self._lock.release()
+        return _mapped(size)
 
     def _give(self, block: mmap.mmap) -> None:
-        with self._lock:
+        self._returned.append(block)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+            finally:
+                self._lock.release()
+
+    def _collect(self) -> None:
+        """Sort in what has been returned, and let go of what has been idle longest beyond the limit."""
+        while self._returned:
+            block = self._returned.popleft()
             self._idle.setdefault(len(block), []).append(block)
             self._idle.move_to_end(len(block))
             self._idle_bytes += len(block)
-            while self._idle_bytes > self._most_idle:
-                size, blocks = next(iter(self._idle.items()))
-                blocks.pop(0)
-                self._idle_bytes -= size
-                if not blocks:
-                    del self._idle[size]
+        while self._idle_bytes > self._most_idle:
+            self._pop(next(iter(self._idle)), 0)
+
+    def _pop(self, size: int, which: int) -> mmap.mmap:
+        block = self._idle[size].pop(which)
+        self._idle_bytes -= size
+        if not self._idle[size]:
+            del self._idle[size]
+        return block
+
+    def _renew_lock(self) -> None:
+        # Another thread of the parent may have held it.
+        self._lock = Lock()
+
+
+def _mapped(size: int) -> mmap.mmap:
+    """Fresh memory of the system, in huge pages where it has them."""
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= _HUGE:
+        # Not every kernel has huge pages; they are only faster.
+        with contextlib.suppress(OSError, AttributeError):
+            block.madvise(mmap.MADV_HUGEPAGE)
+    return block
 
 
 #: Of this process.

@@ -18,7 +18,9 @@ def cross_entropy_forward(
     lse = rows.logsumexp(1)
     counts = target != ignore_index
     hit = rows.gather(1, target.where(counts, 0).unsqueeze(1)).squeeze(1)
-    loss = (1 - label_smoothing) * (lse - hit) + label_smoothing * (lse - rows.mean(1))
+    loss = (1 - label_smoothing) * (lse - hit)
+    if label_smoothing:  # zero times the infinite loss of a masked column is not a number
+        loss = loss + label_smoothing * (lse - rows.mean(1))
     return loss.where(counts, 0).to(logits.dtype), lse
 
 

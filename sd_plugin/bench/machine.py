@@ -25,6 +25,15 @@ def _field(path: str, name: str) -> str | None:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)
 
 
+def _huge_pages() -> str | None:
+    """The kernel's mode of transparent huge pages."""
+    try:
+        modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return modes.partition("[")[2].partition("]")[0] or None
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """Processor, memory and device."""
     memory = _field("/proc/meminfo", "MemTotal")
@@ -34,6 +43,9 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": round(int(memory.split()[0]) / 2**20, 1) if memory else None,
+        # Stock allocates large results anew, which costs less where torch may use huge pages for them.
+        "huge_pages": _huge_pages(),
+        "torch_huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE"),
         "load_average": round(os.getloadavg()[0], 2),
         "system": f"{platform.system()} {platform.machine()}",
     }

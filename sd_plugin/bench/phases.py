@@ -46,10 +46,13 @@ class _Operands:
         """The products as a dense implementation multiplies them."""
         xs, dys = (self.x_steps, self.dy_steps) if self.product.stepwise else ([self.x], [self.dy])
         weight = self.weight
+        # Into memory that is there: ours is recycled, and fresh pages are no part of a product.
+        ys, dxs = [torch.empty_like(dy) for dy in dys], [torch.empty_like(x) for x in xs]
+        dweight = torch.empty_like(weight)
         return {
-            "FP": lambda: [torch.mm(x, weight.t()) for x in xs],
-            "BP": lambda: [torch.mm(dy, weight) for dy in dys],
-            "WG": lambda: torch.mm(self.dy.t(), self.x),
+            "FP": lambda: [torch.mm(x, weight.t(), out=y) for x, y in zip(xs, ys, strict=True)],
+            "BP": lambda: [torch.mm(dy, weight, out=dx) for dy, dx in zip(dys, dxs, strict=True)],
+            "WG": lambda: torch.mm(self.dy.t(), self.x, out=dweight),
         }
 
     def our_runs(self, kept: Kept | None) -> dict[str, Run]:

@@ -253,7 +253,8 @@ def head(document: Record) -> list[str]:
     runs = f"Medians of {settings['repeats']} interleaved runs (interquartile range), seed {settings['seed']}"
     lines = [
         f"{device}; {threads}; {_backend(document['backend'])}; {installed}{commit}.",
-        f"{runs}, {document['date']}. The bound is what perfect, free skipping in our dense products would give.",
+        f"{runs}, {document['date']}. The bound is about what perfect, free "
+        "skipping would give: our dense products, timed by themselves, less the share that is dropped.",
     ]
     if document["scale"] != "full":
         lines.insert(0, f"{document['scale'].upper()} SHAPES, which test the program: these are no results.")

@@ -49,7 +49,7 @@ def _adopt_attention(attention: Any) -> bool:
 
 def _has_hooks(module: torch.nn.Module) -> bool:
     """Somebody wants to see, or change, what goes through this module."""
-    return bool(
+    return "forward" in module.__dict__ or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
@@ -175,7 +175,8 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         """Nothing about this decoder needs its steps one by one, and the backend has it in one piece.
 
         What may stand between two steps: another attention than Luong's, a gate, a coverage or copy attention, and
-        modules that somebody has replaced or hooked.
+        an attention that somebody has replaced or hooked. (Hooks of the cells are called in neither case: in training
+        their products are not theirs.)
         """
         attention = self.attn
         if not self.attentional or self.context_gate is not None or self._coverage or self.copy_attn is not None:
@@ -184,7 +185,7 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
             return False
         linears = [attention.linear_out, *([attention.linear_in] if attention.attn_type == "general" else [])]
         plain = all(type(linear) in (torch.nn.Linear, StructuredLinear) and linear.bias is None for linear in linears)
-        hooked = any(_has_hooks(module) for module in (attention, *linears, self.rnn, *self.rnn.layers))
+        hooked = any(_has_hooks(module) for module in (attention, *linears))
         return plain and not hooked and is_available(emb)
 
     def _output_dropout(self, count: int, batch: int, like: Tensor) -> SteppedDropout:

@@ -67,13 +67,13 @@ def kept_units(draw: st.DrawFn, steps: int, size: int) -> Kept | None:
         columns = torch.where(keep, torch.arange(size), size).sort(1).values.int()
         longest = max([1, *keep.sum(1).tolist()])
         return Kept(columns[:, : draw(st.sampled_from([longest, size]))], size, 1.75, padded=True)
-    k = draw(st.integers(1, size))
+    k = draw(st.integers(0, size))
     if kind == "locked":
         noise = noise[:1].expand(steps, size)
     indices = noise.argsort(1)[:, :k].sort(1).values.int()
     if kind == "locked" and steps:
         indices = indices[:1].expand(steps, k)
-    return Kept(indices, size, size / k)
+    return Kept(indices, size, size / max(k, 1))
 
 
 def noise_of(seed: int, *shape: int) -> Tensor:

@@ -176,6 +176,10 @@ def test_shapes_are_checked(decodes: None) -> None:
         decoder_forward(weights, torch.ones(2, 5, 4), memory, lengths, state, nothing)
     with pytest.raises(ValueError, match=r"feed must be \[2, 4\]"):
         decoder_forward(weights, emb, memory, lengths, (*state[:2], torch.ones(3, 4)), nothing)
+    with pytest.raises(ValueError, match=r"join must be \[8, 4\], got \[4, 4\]"):
+        decoder_forward(weights._replace(join=gemm_pack(torch.ones(4, 4))), emb, memory, lengths, state, nothing)
+    with pytest.raises(ValueError, match="1 layers take as many recurrent patterns"):
+        decoder_forward(weights, emb, memory, lengths, state, DecoderPatterns(None, None, (), (), None, None))
     with pytest.raises(TypeError, match=r"another operand torch\.float64"):
         decoder_forward(weights, emb, memory.double(), lengths, state, nothing)
     kept = Kept.all(4, 4)

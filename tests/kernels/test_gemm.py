@@ -141,6 +141,15 @@ def test_padding_and_scale_are_only_notation(
     torch.testing.assert_close(gemm_fp(x * 2, weight_t, kept.unscaled(), layout.steps), y)
 
 
+@pytest.mark.parametrize("units", [[[2, 1]], [[1, 1]], [[-1, 2]], [[9, 2]]])
+def test_kept_units_that_do_not_ascend_are_refused(backend: str, device: str, units: list[list[int]]) -> None:
+    if backend == "reference":
+        pytest.skip("it indexes by them as they are")
+    kept = Kept(torch.tensor(units, dtype=torch.int32, device=device), 4)
+    with pytest.raises(ValueError, match="strictly ascending"):
+        gemm_fp(torch.ones(1, 2, 4, device=device), torch.ones(4, 3, device=device), kept)
+
+
 def test_operands_are_not_changed(backend: str, device: str) -> None:
     x, weight_t = torch.ones(2, 3, 4, device=device), torch.ones(4, 5, device=device)
     dy, kept = torch.ones(2, 3, 5, device=device), Kept.all(2, 4, device)

@@ -49,6 +49,17 @@ def test_a_nan_is_not_hidden(backend: str, device: str, column: int) -> None:
     assert loss.isnan().tolist() == [False, True]
 
 
+def test_a_masked_column_costs_nothing(backend: str, device: str) -> None:
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    logits[:, 7] = -float("inf")
+    target = torch.tensor([1, 2, 19])
+    expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    loss, lse = cross_entropy_forward(logits.to(device), target.to(device), -100, 0.0)
+    torch.testing.assert_close(loss.cpu(), expected)
+    gradient = cross_entropy_backward(logits.to(device), target.to(device), -100, 0.0, lse, torch.ones_like(loss))
+    assert float(gradient[:, 7].abs().max()) < 1e-30
+
+
 def test_bad_targets_and_shapes(backend: str, device: str) -> None:
     logits = torch.zeros(2, 5, device=device)
     with pytest.raises(IndexError, match=r"Target 5 is out of bounds"):
@@ -57,5 +68,9 @@ def test_bad_targets_and_shapes(backend: str, device: str) -> None:
         cross_entropy_forward(logits, torch.tensor([-1, 0], device=device), -100, 0.0)
     with pytest.raises(ValueError, match=r"need logits \[R, V\] and target \[R\]"):
         cross_entropy_forward(logits, torch.zeros(3, dtype=torch.int64, device=device), -100, 0.0)
+    with pytest.raises(ValueError, match="need at least one column"):
+        cross_entropy_forward(logits[:, :0], torch.tensor([-100, -100], device=device), -100, 0.0)
+    with pytest.raises(ValueError, match=r"scale must be \[2\]"):
+        cross_entropy_backward(logits, torch.tensor([0, 1], device=device), -100, 0.0, logits[:, 0], logits[0])
     with pytest.raises(TypeError, match="target must be int64"):
         cross_entropy_forward(logits, torch.zeros(2, dtype=torch.int32, device=device), -100, 0.0)

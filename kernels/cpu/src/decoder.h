@@ -45,7 +45,7 @@ struct sd_decoder_grad {
   sd_rows demb;
   void* dmemory;                      // [batch][source][hidden]
   void *dh0, *dc0, *dfeed0;
-  void *const *dw, *const *du, *const *dbias;
+  void *const *dw, *const *du, *const *dbias;  // of each layer; null, and dw_out and dw_in too: not wanted
   void *dw_in, *dw_out;               // [hidden][hidden], [hidden][2 hidden]
 };
 }
@@ -162,7 +162,10 @@ class Decoder {
 
   void output_gradient(int t, const sd_rows& dy, T* dfeed, T* djoined, T* dcontext, Range rows);
   void attention_gradient(int t, const void* dalign, const T* dcontext, T* dscores, T* dscored, Range rows);
-  void memory_gradient(const T* dscores, const T* dcontexts, void* dmemory, GradBlock<T>* blocks, T* panel, Range rows);
+  // Room that memory_gradient needs.
+  int64_t memory_room() const { return 2 * int64_t(count) * (call.source + kPanel<T>); }
+  void memory_gradient(const T* dscores, const T* dcontexts, void* dmemory, const int32_t* all, GradBlock<T>* blocks,
+                       T* panel, T* room, Range rows);
   void back(const Plain<T>& plain, const T* g, int64_t offset, const int32_t* idx, int kept, T scale, T* out,
             int64_t ldo, int me, int team);
   template <class A>
@@ -247,7 +250,7 @@ void Decoder<T>::attend(int t, const T* scored, int64_t stride, Range rows) {
   T* context = step_rows(call.context, t);
   T room[1024];
   for (int64_t b = rows.begin; b < rows.end; b++) {
-    int length = std::min(call.lengths[b], call.source);
+    int length = std::clamp(call.lengths[b], 0, call.source);
     T* a = align(t, int(b));
     for (int s = 0; s < length; s++) a[s] = dot(scored + b * stride, memory(int(b)) + int64_t(s) * hidden, hidden);
     softmax(a, length, call.source);
@@ -367,7 +370,7 @@ void Decoder<T>::output_gradient(int t, const sd_rows& dy, T* dfeed, T* djoined,
 template <class T>
 void Decoder<T>::attention_gradient(int t, const void* dalign, const T* dcontext, T* dscores, T* dscored, Range rows) {
   for (int64_t b = rows.begin; b < rows.end; b++) {
-    int length = std::min(call.lengths[b], call.source);
+    int length = std::clamp(call.lengths[b], 0, call.source);
     int64_t row = int64_t(t) * batch + b;
     const T* a = align(t, int(b));
     T *ds = dscores + row * call.source, *dq = dscored + row * w_in.stride, mean = 0;
@@ -387,28 +390,26 @@ void Decoder<T>::attention_gradient(int t, const void* dalign, const T* dcontext
 
 // Over all steps at once: memory[b] gets scores' gradients times what was scored, and attention times dcontext.
 template <class T>
-void Decoder<T>::memory_gradient(const T* dscores, const T* dcontexts, void* dmemory, GradBlock<T>* blocks, T* panel,
-                                 Range rows) {
+void Decoder<T>::memory_gradient(const T* dscores, const T* dcontexts, void* dmemory, const int32_t* all,
+                                 GradBlock<T>* blocks, T* panel, T* room, Range rows) {
   const int64_t source = call.source;
-  std::vector<T> weights(size_t(2) * source * count), sides(size_t(2) * count * kPanel<T>);
-  std::vector<int32_t> all(static_cast<size_t>(source));
-  for (int32_t s = 0; s < source; s++) all[size_t(s)] = s;
+  T *weights = room, *sides = room + 2 * source * count;
   for (int64_t b = rows.begin; b < rows.end; b++) {
     for (int64_t t = 0; t < count; t++)
       for (int64_t s = 0; s < source; s++) {
-        weights[size_t(s * 2 * count + t)] = dscores[(t * batch + b) * source + s];
-        weights[size_t(s * 2 * count + count + t)] = align(t, int(b))[s];
+        weights[s * 2 * count + t] = dscores[(t * batch + b) * source + s];
+        weights[s * 2 * count + count + t] = align(t, int(b))[s];
       }
     for (int64_t first = 0; first < hidden; first += kPanel<T>) {
       size_t width = size_t(std::min<int64_t>(kPanel<T>, hidden - first)) * sizeof(T);
-      std::fill(sides.begin(), sides.end(), T(0));
+      std::fill(sides, sides + 2 * int64_t(count) * kPanel<T>, T(0));
       for (int64_t t = 0; t < count; t++) {
-        std::memcpy(&sides[size_t(t * kPanel<T>)], step_rows(call.scored, t) + b * hidden + first, width);
-        std::memcpy(&sides[size_t((count + t) * kPanel<T>)], dcontexts + (t * batch + b) * hidden + first, width);
+        std::memcpy(sides + t * kPanel<T>, step_rows(call.scored, t) + b * hidden + first, width);
+        std::memcpy(sides + (count + t) * kPanel<T>, dcontexts + (t * batch + b) * hidden + first, width);
       }
       std::fill(panel, panel + source * kPanel<T>, T(0));
-      blocks[0] = {weights.data(), sides.data(), 2 * count};
-      grad_panel(blocks, 1, kPanel<T>, all.data(), int(source), panel);
+      blocks[0] = {weights, sides, 2 * count};
+      grad_panel(blocks, 1, kPanel<T>, all, int(source), panel);
       for (int64_t s = 0; s < source; s++)
         std::memcpy(static_cast<T*>(dmemory) + (b * source + s) * hidden + first, panel + s * kPanel<T>, width);
     }
@@ -460,6 +461,9 @@ void Decoder<T>::backward(int threads, const sd_decoder_grad& grad) {
   int64_t room = (std::max<int64_t>({call.embed + hidden, 2 * hidden, call.source})) * kPanel<T>;
   T* rooms = arena.take<T>(room * threads);
   GradBlock<T>* all_blocks = arena.take<GradBlock<T>>(int64_t(count + 1) * threads);
+  T* memory_rooms = arena.take<T>(memory_room() * threads);
+  int32_t* all_source = arena.take<int32_t>(call.source);
+  for (int32_t s = 0; s < call.source; s++) all_source[s] = s;
 #pragma omp parallel num_threads(threads)
   {
     int me = omp_get_thread_num(), team = omp_get_num_threads();
@@ -524,7 +528,7 @@ void Decoder<T>::backward(int threads, const sd_decoder_grad& grad) {
       std::copy(dfeed + b * hidden, dfeed + (b + 1) * hidden, static_cast<T*>(grad.dfeed0) + b * hidden);
     T* panel = rooms + me * room;
     GradBlock<T>* blocks = all_blocks + int64_t(me) * (count + 1);
-    for (int l = 0; l < depth; l++) {
+    for (int l = 0; l < depth && grad.dw; l++) {
       T* dg = dgates + l * gate_size;
       layers[l].weight_gradient(layers[l].x_lists, static_cast<const T*>(call.input[l]), calls_[l].inputs, dg, blocks,
                                 panel, panels, grad.dw[l]);
@@ -535,13 +539,15 @@ void Decoder<T>::backward(int threads, const sd_decoder_grad& grad) {
     auto query_at = [&](int t) { return query(t); };
     auto context_at = [&](int t) { return static_cast<const T*>(step_rows(call.context, t)); };
     T* dw_out = static_cast<T*>(grad.dw_out);
-    plain_gradient(w_out, djoined, hidden, nullptr, context_at, blocks, panel, plain, dw_out, 2 * int64_t(hidden));
-    plain_gradient(w_out, djoined, hidden, &query_lists, query_at, blocks, panel, plain, dw_out + hidden,
-                   2 * int64_t(hidden));
-    if (call.w_in)
+    if (dw_out) {
+      plain_gradient(w_out, djoined, hidden, nullptr, context_at, blocks, panel, plain, dw_out, 2 * int64_t(hidden));
+      plain_gradient(w_out, djoined, hidden, &query_lists, query_at, blocks, panel, plain, dw_out + hidden,
+                     2 * int64_t(hidden));
+    }
+    if (grad.dw_in)
       plain_gradient(w_in, dscored, hidden, &query_lists, query_at, blocks, panel, plain,
                      static_cast<T*>(grad.dw_in), hidden);
-    memory_gradient(dscores, dcontext, grad.dmemory, blocks, panel, rows);
+    memory_gradient(dscores, dcontext, grad.dmemory, all_source, blocks, panel, memory_rooms + me * memory_room(), rows);
   }
 }
 

@@ -67,8 +67,9 @@ void cross_entropy_forward(int threads, int64_t rows, int64_t columns, const T* 
     T top = largest(x, columns);
     exp_sum(x, columns, top, &sum, &plain);
     lse[r] = top + std::log(sum);
-    bool counts = target[r] != ignored;
-    loss[r] = counts ? T(1 - smoothing) * (lse[r] - x[target[r]]) + T(smoothing) * (lse[r] - plain / T(columns)) : T(0);
+    loss[r] = target[r] == ignored ? T(0) : T(1 - smoothing) * (lse[r] - x[target[r]]);
+    // Only if asked for: zero times the infinite loss of a masked column is not a number.
+    if (smoothing != 0 && target[r] != ignored) loss[r] += T(smoothing) * (lse[r] - plain / T(columns));
   }
 }
 

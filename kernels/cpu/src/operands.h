@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include <new>
+#include <stdexcept>
 #include <vector>
 
 #include "panels.h"
@@ -106,6 +107,10 @@ class Lists {
     for (int t = 0; t < steps.count; t++) {
       int n = kept.indices ? kept.width : kept.size;
       while (n > 0 && at(t)[n - 1] >= kept.size) n--;
+      // Everything below indexes by these.
+      for (int i = 0; i < n; i++)
+        if (at(t)[i] < 0 || (i > 0 && at(t)[i] <= at(t)[i - 1])) throw std::invalid_argument("kept units");
+      if (n > kept.size) throw std::invalid_argument("kept units");
       counts_[t] = n;
       offsets_[t] = offset;
       offset += int64_t(n) * steps.rows[t];

@@ -6,7 +6,8 @@
 
 namespace {
 
-// 0, or 1 when memory ran out: no C++ exception may cross into Python.
+// 0, 1 when memory ran out, 2 for kept units that do not ascend: no C++ exception may cross into Python. What may throw
+// is done before the threads start.
 template <class F>
 int guarded(F&& f) {
   try {
@@ -14,6 +15,8 @@ int guarded(F&& f) {
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
+  } catch (const std::invalid_argument&) {
+    return 2;
   }
 }
 
