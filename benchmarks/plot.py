@@ -10,6 +10,7 @@ sweeps ``FILE-sweep-p`` and so on.
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +59,10 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 
 def _caption(figure: Figure, document: results.Document) -> None:
     """Where and how it was measured, below; and across the figure if it is no result."""
-    figure.text(0.01, 0.005, "\n".join(summary.head(document)), fontsize=7, color="#444444", va="bottom")
+    # About 18 characters of this size are as wide as an inch.
+    width = int(18 * figure.get_figwidth())
+    lines = [line for text in summary.head(document) for line in textwrap.wrap(text, width)]
+    figure.text(0.01, 0.005, "\n".join(lines), fontsize=7, color="#444444", va="bottom")
     if document["scale"] != "full":
         figure.text(
             0.5, 0.5, f"{document['scale']} shapes: no result", fontsize=30, color="#CC0000", alpha=0.3, rotation=20,

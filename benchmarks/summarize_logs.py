@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Writes the table of OpenNMT-py training logs in benchmarks/results/README.md, from the logs alone.
+"""Writes the tables of OpenNMT-py training logs in benchmarks/results/README.md, from the logs alone.
 
     python benchmarks/summarize_logs.py [--check]
 
-``--check`` writes nothing and fails if the table in the file is not what the logs give.
+``--check`` writes nothing and fails if the tables in the file are not what the logs give. Only the logs in ``timed/``
+were made on a quiet machine; the seconds of the others would mean nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-BEGIN, END = "<!-- table of the logs: begin -->", "<!-- table of the logs: end -->"
+#: Name of a table's marks -> the folder of its logs, and whether their times mean something.
+TABLES = {"the logs": (RESULTS, False), "the timed logs": (RESULTS / "timed", True)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Run:
         valid: validation perplexities, in order.
         skipped: share of the structured products' multiply-adds that was left out, as the log has it.
         lost: hints lost, over all sites.
+        seconds: from the start of training to its last step, validation included.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Run:
     valid: list[float]
     skipped: str
     lost: str
+    seconds: int
 
     @classmethod
     def read(cls, path: Path) -> Run:
@@ -50,33 +54,42 @@ class Run:
         lost = re.findall(r"^  \S+ +\d+ +[\d.]+% +(?:[\d.]+%|-) +\d+ +(\d+)$", text, re.MULTILINE)
         train = (float(steps[0][2]), float(steps[-1][2]))
         told = str(sum(map(int, lost))) if skipped else "-"
-        return cls(path.stem, int(steps[-1][0]), train, valid, skipped[1] if skipped else "-", told)
+        seconds = int(re.findall(r"tok/s; +(\d+) sec;", text)[-1])
+        return cls(path.stem, int(steps[-1][0]), train, valid, skipped[1] if skipped else "-", told, seconds)
 
-    def row(self) -> str:
-        """Its line of the table."""
+    def row(self, folder: Path, timed: bool) -> str:
+        """Its line of the table of ``folder``'s logs."""
         valid = " → ".join(f"{value:.1f}" for value in self.valid)
         train = " → ".join(f"{value:.1f}" for value in self.train)
-        return f"| [{self.name}]({self.name}.log) | {self.steps} | {train} | {valid} | {self.skipped} | {self.lost} |"
+        link = f"[{self.name}]({(folder / self.name).relative_to(RESULTS)}.log)"
+        row = f"| {link} | {self.steps} | {train} | {valid} | {self.skipped} | {self.lost} |"
+        return f"{row} {self.seconds} |" if timed else row
 
 
-def table() -> str:
-    """The Markdown table of every log in benchmarks/results."""
-    head = [
-        "| log | steps | training perplexity, first → last interval | validation perplexity | skipped | hints lost |",
-        "|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*head, *(Run.read(path).row() for path in sorted(RESULTS.glob("*.log")))])
+def table(folder: Path, timed: bool) -> str:
+    """The Markdown table of every log in ``folder``."""
+    titles = "log | steps | training perplexity, first → last interval | validation perplexity | skipped | hints lost"
+    head = [f"| {titles} | seconds |" if timed else f"| {titles} |", "|---" * (6 + timed) + "|"]
+    return "\n".join([*head, *(Run.read(path).row(folder, timed) for path in sorted(folder.glob("*.log")))])
+
+
+def updated(text: str) -> str:
+    """``text`` with every table made anew."""
+    for name, source in TABLES.items():
+        begin, end = f"<!-- table of {name}: begin -->", f"<!-- table of {name}: end -->"
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{table(*source)}\n{end}{rest.split(end)[1]}"
+    return text
 
 
 def main() -> int:
     """The program; its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="only compare; exit code 1 if the table is out of date")
+    parser.add_argument("--check", action="store_true", help="only compare; exit code 1 if a table is out of date")
     check = parser.parse_args().check
     readme = RESULTS / "README.md"
     before = readme.read_text(encoding="utf-8")
-    head, rest = before.split(BEGIN)
-    after = f"{head}{BEGIN}\n{table()}\n{END}{rest.split(END)[1]}"
+    after = updated(before)
     if check:
         if before != after:
             print("benchmarks/results/README.md is out of date: run benchmarks/summarize_logs.py", file=sys.stderr)

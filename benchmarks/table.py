@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Prints the Markdown tables of a benchmark from its JSON file, for the documents: no number is typed by hand.
 
-python benchmarks/table.py FILE.json ... [--only steps|phases|sweeps]
+python benchmarks/table.py FILE.json ... [--only steps|phases|sweeps] [--into README.md]
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ except ImportError:
 from sd_plugin.bench import results, summary
 from sd_plugin.errors import UsageError
 
+BEGIN, END = "<!-- table of the benchmark: begin -->", "<!-- table of the benchmark: end -->"
 TABLES = {"steps": summary.step_table, "phases": summary.phase_table, "sweeps": summary.sweep_table}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -34,17 +35,41 @@ def markdown(document: results.Document, only: str | None) -> str:
     return "\n\n".join(parts)
 
 
+def inserted(text: str, made: str, name: str) -> str:
+    """``text`` with what is between the two marks replaced by ``made``.
+
+    Raises:
+        UsageError: the marks are not there.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UsageError(f"--into {name}: it has no {BEGIN} and {END}")
+    return f"{before}{begin}\n{made}\n{end}{after}"
+
+
 @app.command()
 def main(
     files: Annotated[list[Path], typer.Argument(metavar="FILE.json...", help="Files of sd-plugin bench --json.")],
     only: Annotated[str | None, typer.Option(help=f"One table: of {', '.join(TABLES)}.")] = None,
+    into: Annotated[Path | None, typer.Option(help="Put them between the marks of this document instead.")] = None,
 ) -> None:
     """Print the tables of one or more benchmark files as Markdown."""
     try:
         if only is not None and only not in TABLES:
             raise UsageError(f"--only {only!r} is not valid; valid: {', '.join(TABLES)}")
         # All are read before any is printed.
-        print("\n\n".join([markdown(results.load(file), only) for file in files]))
+        made = "\n\n".join([markdown(results.load(file), only) for file in files])
+        if into is None:
+            print(made)
+            return
+        changed = inserted(into.read_text(encoding="utf-8"), made, into.name)
+        temporary = into.with_name(f".{into.name}.new")
+        temporary.write_text(changed, encoding="utf-8")
+        temporary.replace(into)
+    except OSError as error:
+        print(f"table.py: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
     except UsageError as error:
         print(f"table.py: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _EXPORTS = {
     "Case": "sd_plugin.patterns",
+    "FusedCrossEntropyLoss": "sd_plugin.loss",
     "StackedStructuredLSTM": "sd_plugin.cell",
     "StructuredDropout": "sd_plugin.dropout",
     "StructuredDropoutLSTM": "sd_plugin.lstm",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from sd_plugin.dropout import StructuredDropout
     from sd_plugin.errors import UsageError
     from sd_plugin.linear import StructuredLinear
+    from sd_plugin.loss import FusedCrossEntropyLoss
     from sd_plugin.lstm import StructuredDropoutLSTM
     from sd_plugin.patches import disable, enable
     from sd_plugin.patterns import Case, draw_kept, draw_mask
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Case",
+    "FusedCrossEntropyLoss",
     "StackedStructuredLSTM",
     "StructuredDropout",
     "StructuredDropoutLSTM",

@@ -32,6 +32,20 @@ def test_the_table_of_results_is_what_the_logs_give() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_table_of_the_benchmark_is_what_its_samples_give() -> None:
+    script, samples = ROOT / "benchmarks" / "table.py", ROOT / "benchmarks" / "results" / "cpu.json"
+    command = [sys.executable, str(script), str(samples), "--only", "steps"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    (table,) = re.findall(r"<!-- table of the benchmark: begin -->\n(.*?)<!-- table", README, re.DOTALL)
+    assert table == done.stdout
+
+
+def test_the_training_compared_in_the_readme_took_that_long() -> None:
+    results = (ROOT / "benchmarks" / "results" / "README.md").read_text(encoding="utf-8")
+    took = dict(re.findall(r"^\| \[multi30k_(\w+)\].* (\d+) \|$", results, re.MULTILINE))
+    assert f"1,000 steps: {took['sd']}\nagainst {took['stock']} seconds" in README
+
+
 def test_links_of_the_documents_lead_somewhere() -> None:
     for document in (ROOT / "README.md", ROOT / "docs" / "design.md", ROOT / "benchmarks" / "results" / "README.md"):
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):

@@ -242,6 +242,12 @@ def _backend(backend: Record) -> str:
     return f"backend {backend['name']}" + (f" ({', '.join(told)})" if told else "")
 
 
+BOUND = (
+    "The bound is about what perfect, free skipping would give: our dense products, timed on their own, less the share "
+    "that is dropped."
+)
+
+
 def head(document: Record) -> list[str]:
     """What every table must be read with: scale, machine, versions, settings."""
     machine, versions, settings = document["machine"], document["versions"], document["settings"]
@@ -253,8 +259,7 @@ def head(document: Record) -> list[str]:
     runs = f"Medians of {settings['repeats']} interleaved runs (interquartile range), seed {settings['seed']}"
     lines = [
         f"{device}; {threads}; {_backend(document['backend'])}; {installed}{commit}.",
-        f"{runs}, {document['date']}. The bound is about what perfect, free "
-        "skipping would give: our dense products, timed by themselves, less the share that is dropped.",
+        f"{runs}, {document['date']}. {BOUND}",
     ]
     if document["scale"] != "full":
         lines.insert(0, f"{document['scale'].upper()} SHAPES, which test the program: these are no results.")

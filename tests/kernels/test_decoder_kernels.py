@@ -107,7 +107,7 @@ def test_forward_and_backward(
         name: (tensor_of(seed + i, *shape) * (0.7 if len(shape) > 2 else 0.4)).to(dtype)
         for i, (name, shape) in enumerate(shapes.items())
     }
-    high = {name: tensor.double().requires_grad_() for name, tensor in low.items()}
+    high = {name: tensor.detach().clone().double().requires_grad_() for name, tensor in low.items()}
     if kept["embedding"] is not None:
         kept["embedding"] = kept["embedding"].unscaled()  # the embedding arrives with its scale
     drops = {name: truth.multiplier(kept[name], count, batch, size, torch.float64) for name, size in names.items()}
