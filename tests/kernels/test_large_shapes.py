@@ -62,9 +62,14 @@ def test_products(
 
 @settings(max_examples=25)
 @given(
-    inputs=SIZES, hidden=st.sampled_from([1, 7, 8, 15, 16, 17, 40, 65, 270]),
-    rows=st.sampled_from([1, 3, 5, 14, 15, 20]), steps=st.integers(1, 4), reverse=st.booleans(), dtype=DTYPES, seed=st.integers(0, 10**6),
-)  # fmt: skip
+    inputs=SIZES,
+    hidden=st.sampled_from([1, 7, 8, 15, 16, 17, 40, 65, 270]),
+    rows=st.sampled_from([1, 3, 5, 14, 15, 20]),
+    steps=st.integers(1, 4),
+    reverse=st.booleans(),
+    dtype=DTYPES,
+    seed=st.integers(0, 10**6),
+)
 def test_layers(
     backend: str, device: str, inputs: int, hidden: int, rows: int, steps: int, reverse: bool, dtype: torch.dtype,
     seed: int,
