@@ -18,17 +18,21 @@ from sd_plugin.kernels.cpu import build
 from sd_plugin.kernels.cpu.build import BuildError, Target
 
 HERE = Path(__file__).parent
-KERNEL_TESTS = (HERE / "test_gemm.py", HERE / "test_lstm_kernels.py", HERE / "test_decoder_kernels.py")
+KERNEL_TESTS = (
+    HERE / "test_gemm.py",
+    HERE / "test_lstm_kernels.py",
+    HERE / "test_decoder_kernels.py",
+    HERE / "test_loss_kernels.py",
+)
 RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so"}
 
 
-def runtime(sanitizer: str) -> str:
-    """The file of the compiler's runtime for ``sanitizer``; skips the test when there is none."""
+def runtime(name: str) -> str:
+    """The file of one of the compiler's runtime libraries; skips the test when there is none."""
     try:
         target = Target.detect()
     except BuildError as error:
         pytest.skip(str(error))
-    name = RUNTIMES[sanitizer]
     asked = [*target.compiler, f"-print-file-name={name}"]
     path = Path(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip())
     # A compiler repeats the bare name of what it does not have.
@@ -49,9 +53,10 @@ def pytest_under(sanitizer: str, cache: Path, *arguments: object, **environ: str
         **environ,
     }
     environ.pop("SD_PLUGIN_BACKEND", None)
-    preloaded = runtime(sanitizer)
+    preloaded = [runtime(RUNTIMES[sanitizer])]
     if sanitizer == "address":
-        environ["LD_PRELOAD"] = preloaded
+        # The C++ runtime too: AddressSanitizer looks for what throws exceptions once, as it starts.
+        environ["LD_PRELOAD"] = ":".join([*preloaded, runtime("libstdc++.so.6")])
     # Not captured: what a sanitizer says as it ends the process would be lost.
     command = [sys.executable, "-m", "pytest", "-q", "--capture=no", "-p", "no:cacheprovider", *map(str, arguments)]
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
