@@ -18,11 +18,8 @@ from sd_plugin.kernels.cpu import build
 from sd_plugin.kernels.cpu.build import BuildError, Target
 
 HERE = Path(__file__).parent
-KERNEL_TESTS = (
-    HERE / "test_gemm.py",
-    HERE / "test_lstm_kernels.py",
-    HERE / "test_decoder_kernels.py",
-    HERE / "test_loss_kernels.py",
+KERNEL_TESTS = tuple(
+    HERE / f"test_{name}.py" for name in ("gemm", "lstm_kernels", "decoder_kernels", "loss_kernels", "large_shapes")
 )
 RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so"}
 
