@@ -52,17 +52,6 @@ class Saved(NamedTuple):
     c0: Tensor  #: ``[B, H]``
 
 
-class Gradients(NamedTuple):
-    """Gradients of one layer, in the shapes of ``torch.nn.LSTM``'s own parameters; None where not wanted."""
-
-    x: Tensor | None
-    h0: Tensor
-    c0: Tensor
-    weight_ih: Tensor | None  #: ``[4H, I]``
-    weight_hh: Tensor | None  #: ``[4H, H]``
-    bias: Tensor | None  #: ``[4H]``, of either bias
-
-
 def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> PackedLSTM:
     """Pack parameters of ``torch.nn.LSTM``'s shapes."""
     math = opmath(weight_ih.dtype)
@@ -143,8 +132,12 @@ def lstm_backward(
     reverse: bool,
     saved_tensors: tuple[Tensor, ...],
     wanted: Wanted,
-) -> Gradients:
-    """Back-propagation through time of :func:`lstm_forward`: BP per step, WG once over all steps."""
+) -> tuple[Tensor | None, ...]:
+    """Back-propagation through time of :func:`lstm_forward`: BP per step, WG once over all steps.
+
+    Returns:
+        What :class:`sd_plugin.kernels.LSTMGradients` names, in its order.
+    """
     dtype, math = x.dtype, opmath(x.dtype)
     x, dy = adjacent(x.to(math)), adjacent(dy.to(math))
     dh_n, dc_n = dh_n.to(math).contiguous(), dc_n.to(math).contiguous()
@@ -162,4 +155,4 @@ def lstm_backward(
     )  # fmt: skip
     function("sd_lstm_backward", math)(torch.get_num_threads(), byref(call.structure), byref(grad))
     grads = (dx, dh0, dc0, dw, du, dbias)
-    return Gradients(*(None if tensor is None else tensor.to(dtype) for tensor in grads))  # type: ignore[arg-type]
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in grads)
