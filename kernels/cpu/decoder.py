@@ -93,8 +93,9 @@ class _Call:
         """The pattern as a multiplier, if it is one."""
         if not isinstance(pattern, torch.Tensor):
             return None
-        self.alive.append(pattern.to(self.emb.dtype).contiguous())
-        return self.alive[-1]  # type: ignore[no-any-return]
+        mask = pattern.to(self.emb.dtype).contiguous()
+        self.alive.append(mask)
+        return mask
 
     def saved(self) -> Saved:
         """Room for what the backward call needs."""

@@ -186,7 +186,8 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., int]:
     found = getattr(load(), f"{name}_{SUFFIXES[dtype]}")
     found.argtypes, found.restype = SIGNATURES[name], c_int
     found.errcheck = _check
-    return found  # type: ignore[no-any-return]
+    checked: Callable[..., int] = found
+    return checked
 
 
 def _check(result: int, called: Any, arguments: Any) -> int:

@@ -83,7 +83,8 @@ def _options(sizes: Sizes, p: float, **types: Any) -> Namespace:
     )
     ArgumentParser.update_model_opts(opt)
     ArgumentParser.validate_model_opts(opt)
-    return opt  # type: ignore[no-any-return]
+    valid: Namespace = opt
+    return valid
 
 
 def _vocabularies(sizes: Sizes) -> dict[str, Any]:
@@ -93,7 +94,8 @@ def _vocabularies(sizes: Sizes) -> dict[str, Any]:
         return ["<unk>", "<blank>", "<s>", "</s>", *(f"w{i}" for i in range(count - 4))]
 
     names = {"data_task": "seq2seq", "decoder_start_token": "<s>"}
-    return dict_to_vocabs({"src": words(sizes.source), "tgt": words(sizes.target), **names})  # type: ignore[no-any-return]
+    made: dict[str, Any] = dict_to_vocabs({"src": words(sizes.source), "tgt": words(sizes.target), **names})
+    return made
 
 
 def _make_dense(model: Any) -> None:
@@ -160,4 +162,5 @@ class Loss:
         batch = {"src": src, "srclen": lengths, "tgt": tgt}
         loss, _ = self._compute(batch, output, attentions, trunc_start=0, trunc_size=tgt.shape[1])
         self._model.decoder.detach_state()
-        return loss / src.shape[0]  # type: ignore[no-any-return]
+        per_sentence: Tensor = loss / src.shape[0]
+        return per_sentence

@@ -48,7 +48,8 @@ def points(setup: Setup) -> Iterator[tuple[str, float, Point]]:
     base, axes = (_TINY_BASE, _TINY_AXES) if setup.tiny else (BASE, AXES)
     for axis, values in axes.items():
         for value in values:
-            yield axis, value, replace(base, **{axis: value})  # type: ignore[arg-type]
+            changed: dict[str, Any] = {axis: value}
+            yield axis, value, replace(base, **changed)
 
 
 class _Layer:
@@ -67,9 +68,9 @@ class _Layer:
     def __call__(self) -> Tensor:
         self._lstm.zero_grad()
         self._x.grad = None
-        y, _ = self._lstm(self._dropout(self._x))
+        y: Tensor = self._lstm(self._dropout(self._x))[0]
         y.backward(self._gradient)
-        return y.detach()  # type: ignore[no-any-return]
+        return y.detach()
 
 
 def measure(axis: str, value: float, point: Point, columns: Sequence[str], setup: Setup, clock: Clock) -> Any:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -45,13 +45,13 @@ class Clock:
     tick: Callable[[], object] = lambda: None
 
     @classmethod
-    def of(cls, device: torch.device, repeats: int, warmup: int, **options: float) -> Clock:
+    def of(cls, device: torch.device, repeats: int, warmup: int, **options: Any) -> Clock:
         """A clock for work on ``device``."""
         if device.type != "cuda":
-            return cls(repeats, warmup, **options)  # type: ignore[arg-type]
+            return cls(repeats, warmup, **options)
         import torch
 
-        return cls(repeats, warmup, torch.cuda.synchronize, **options)  # type: ignore[arg-type]
+        return cls(repeats, warmup, torch.cuda.synchronize, **options)
 
     def _run(self, run: Callable[[], object], loops: int = 1) -> tuple[float, object]:
         """Milliseconds of one of ``loops`` runs, and what the last one returned."""

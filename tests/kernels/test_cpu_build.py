@@ -21,8 +21,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sd_plugin.kernels.cpu import build
-from sd_plugin.kernels.cpu.build import BuildError, Target
+from sd_plugin.kernels.cpu import build, toolchain
+from sd_plugin.kernels.cpu.toolchain import BuildError, Target
 
 STAND_IN = """
 #include <omp.h>
@@ -148,13 +148,13 @@ def test_whatever_changes_the_library_changes_its_name(
     (stand_in / "more.h").write_text("")
     names.append(name())
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_FLAGS", (*build._FLAGS, "-g"))
+        patch.setattr(toolchain, "_FLAGS", (*toolchain._FLAGS, "-g"))
         names.append(name())
     with monkeypatch.context() as patch:
         patch.setenv("SD_PLUGIN_CPU_SANITIZE", "undefined")
         names.append(name())
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_openmp", lambda: Path("libgomp-0123abcd.so.1"))
+        patch.setattr(toolchain, "openmp_runtime", lambda: Path("libgomp-0123abcd.so.1"))
         names.append(name())
     with monkeypatch.context() as patch:
         patch.setattr(platform, "machine", lambda: "riscv64")
@@ -166,8 +166,8 @@ def test_whatever_changes_the_library_changes_its_name(
     names.append(name())
     monkeypatch.setenv("SD_PLUGIN_CXX", str(write_compiler(folder="elsewhere", version=version).path))
     names.append(name())
-    for isa in build.ISAS:
-        monkeypatch.setattr(build, "_isa", lambda isa=isa: isa)
+    for isa in toolchain.ISAS:
+        monkeypatch.setattr(toolchain, "wanted_isa", lambda isa=isa: isa)
         names.append(name())
     expected = len(names) - 1  # One of the instruction sets is what all others were for.
     assert len(set(names)) == expected, names
@@ -376,7 +376,7 @@ def test_compilers_are_tried_in_order(
     assert build.build(stand_in).library.sd_answer() == 42
     assert (crash.calls, works.calls) == (1, 1)
     # What is in the cache comes before what might compile.
-    assert build.build(stand_in).target == Target(build._isa(), "", (str(works.path),), "c++ (Working) 1")
+    assert build.build(stand_in).target == Target(toolchain.wanted_isa(), "", (str(works.path),), "c++ (Working) 1")
     assert (crash.calls, works.calls) == (1, 1)
 
     works.path.unlink()
@@ -426,7 +426,7 @@ def test_clang_is_not_used_beside_libgomp(
     """Its calls need LLVM's runtime, and two runtimes in one process mistake each other's threads."""
     clang = write_compiler("clang++", version="Debian clang version 14.0.6")
     monkeypatch.setenv("SD_PLUGIN_CXX", str(clang.path))
-    openmp = build._openmp()
+    openmp = toolchain.openmp_runtime()
     if openmp is None or "libgomp" not in openmp.name:
         pytest.skip("this torch does not run on libgomp")
     with pytest.raises(
@@ -434,7 +434,7 @@ def test_clang_is_not_used_beside_libgomp(
     ):
         build.build(stand_in)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "_openmp", lambda: None)
+        patch.setattr(toolchain, "openmp_runtime", lambda: None)
         assert Target.detect().is_clang
     # One that does not give itself away, except by what it makes.
     other = write_compiler("icpx", version="Some DPC++/C++ Compiler 1", before="set -- -DTRACE=__kmpc_fork_call $@")
@@ -460,13 +460,13 @@ def test_clang_is_not_used_beside_libgomp(
 def test_the_instruction_set_is_what_machine_and_torch_do(
     monkeypatch: pytest.MonkeyPatch, flags: str, capability: str, expected: str
 ) -> None:
-    monkeypatch.setattr(build, "_cpuinfo", lambda key: flags.split() if key == "flags" else [])
+    monkeypatch.setattr(toolchain, "_cpuinfo", lambda key: flags.split() if key == "flags" else [])
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert Target.detect().isa == expected
 
 
 def test_an_instruction_set_by_variable(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    able = build.ISAS[: build.ISAS.index(build._machine_isa()) + 1]
+    able = toolchain.ISAS[: toolchain.ISAS.index(toolchain.machine_isa()) + 1]
     defines = {"avx512": 512, "avx2": 256, "portable": 128}
     for isa in able:
         monkeypatch.setenv("SD_PLUGIN_CPU_ISA", isa.upper())
@@ -474,7 +474,7 @@ def test_an_instruction_set_by_variable(stand_in: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("SD_PLUGIN_CPU_ISA", "sse9")
     with pytest.raises(BuildError, match="SD_PLUGIN_CPU_ISA=sse9 is no instruction set; valid: avx512, avx2, portable"):
         build.build(stand_in)
-    monkeypatch.setattr(build, "_cpuinfo", lambda key: ["avx2", "fma"])
+    monkeypatch.setattr(toolchain, "_cpuinfo", lambda key: ["avx2", "fma"])
     monkeypatch.setenv("SD_PLUGIN_CPU_ISA", "avx512")
     with pytest.raises(BuildError, match="SD_PLUGIN_CPU_ISA=avx512 cannot run on this machine; its best is avx2"):
         build.build(stand_in)
@@ -483,14 +483,14 @@ def test_an_instruction_set_by_variable(stand_in: Path, monkeypatch: pytest.Monk
 def test_arm_is_compiled_for_the_cpu_it_has(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpus = {"CPU implementer": ["0x41", "0x41"], "CPU part": ["0xd0c"], "Features": ["asimd", "sve"]}
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    monkeypatch.setattr(build, "_cpuinfo", lambda key: cpus.get(key, []))
-    native, generic, *_ = build._targets([])
+    monkeypatch.setattr(toolchain, "_cpuinfo", lambda key: cpus.get(key, []))
+    native, generic, *_ = toolchain.targets([])
     assert native.isa == "portable"
     assert ("-mcpu=native" in native.flags, "-mcpu=native" in generic.flags) == (True, False)
     files = build.sources(stand_in)
     before = build._name(native, files)
     cpus["CPU part"] = ["0xd40"]
-    other, same, *_ = build._targets([])
+    other, same, *_ = toolchain.targets([])
     assert build._name(other, files) != before, "a cache may be shared by machines with different CPUs"
     assert build._name(same, files) == build._name(generic, files)
 
@@ -521,7 +521,7 @@ torch.set_num_threads(2)
 x = torch.ones(2000, 2000)
 x + x
 before, running = runtimes(), threads()
-from sd_plugin.kernels.cpu import build
+from sd_plugin.kernels.cpu import build, toolchain
 {prelude}
 library = build.build(Path({folder!r})).library
 assert library.sd_threads(2) == 2
@@ -533,14 +533,14 @@ print(sorted(runtimes() - before), len(before), threads() - running)
 def test_threads_are_those_of_torch(stand_in: Path) -> None:
     """One OpenMP runtime, one pool: a second one would spin against the first."""
     out = script(ONE_RUNTIME.format(folder=str(stand_in), prelude=""), OMP_NUM_THREADS="2")
-    if build._openmp() is None:
+    if toolchain.openmp_runtime() is None:
         pytest.skip("this torch has no OpenMP runtime to share")
     assert out == "[] 1 0\n"
 
 
 def test_a_runtime_under_a_name_of_its_own_is_the_one_linked_to(stand_in: Path, tmp_path: Path) -> None:
     """As in wheels of torch that ship ``libgomp-<hash>.so.1``."""
-    openmp = build._openmp()
+    openmp = toolchain.openmp_runtime()
     if openmp is None or openmp.name != "libgomp.so.1":
         pytest.skip("made from a libgomp.so.1")
     renamed = tmp_path / "libgomX.so.1"
@@ -548,7 +548,7 @@ def test_a_runtime_under_a_name_of_its_own_is_the_one_linked_to(stand_in: Path, 
     prelude = f"""
 import ctypes
 ctypes.CDLL({str(renamed)!r})
-build._openmp = lambda: Path({str(renamed)!r})
+toolchain.openmp_runtime = lambda: Path({str(renamed)!r})
 """
     out = script(ONE_RUNTIME.format(folder=str(stand_in), prelude=prelude), OMP_NUM_THREADS="2")
     assert out.startswith("[] 1 ")

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from sd_plugin.kernels.cpu import build
-from sd_plugin.kernels.cpu.build import BuildError, Target
+from sd_plugin.kernels.cpu import toolchain
+from sd_plugin.kernels.cpu.toolchain import BuildError, Target
 
 HERE = Path(__file__).parent
 KERNEL_TESTS = tuple(
@@ -60,11 +60,11 @@ def pytest_under(sanitizer: str, cache: Path, *arguments: object, **environ: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", build.ISAS)
+@pytest.mark.parametrize("isa", toolchain.ISAS)
 @pytest.mark.parametrize("sanitizer", RUNTIMES)
 def test_kernels_are_clean(sanitizer: str, isa: str, tmp_path: Path) -> None:
-    best = build._machine_isa()
-    if build.ISAS.index(isa) > build.ISAS.index(best):
+    best = toolchain.machine_isa()
+    if toolchain.ISAS.index(isa) > toolchain.ISAS.index(best):
         pytest.skip(f"this machine does no more than {best}")
 
     done = pytest_under(sanitizer, tmp_path, "-k", "cpu", *KERNEL_TESTS, SD_PLUGIN_CPU_ISA=isa)
@@ -89,7 +89,7 @@ import ctypes
 from pathlib import Path
 import pytest
 import torch
-from sd_plugin.kernels.cpu import build
+from sd_plugin.kernels.cpu import build, toolchain
 
 library = build.build(Path(__file__).parent).library
 library.element.argtypes, library.element.restype = [ctypes.c_void_p, ctypes.c_long], ctypes.c_float
