@@ -21,19 +21,41 @@ import functools
 import os
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
 from sd_plugin._environment import MODES, read_switch
 from sd_plugin.errors import UsageError
 
+from ._host import Finding, Host, find_distribution
 from ._patcher import Patcher
 
-NAME = "OpenNMT-py"
 VERSIONS = ("3.5.1",)
+PROGRAMS = ("train", "translate", "build_vocab", "average_models", "release_model")
 
 _patcher = Patcher()
+
+
+def _unsupported(version: str) -> str | None:
+    if version in VERSIONS:
+        return None
+    return f"OpenNMT-py {version} is not supported; supported: {', '.join(VERSIONS)}"
+
+
+def _find(environ: Mapping[str, str]) -> list[Finding]:
+    return find_distribution("OpenNMT-py", _unsupported)
+
+
+HOST = Host(
+    name="opennmt",
+    title="OpenNMT-py",
+    modules=("onmt", *(f"onmt.bin.{program}" for program in PROGRAMS)),
+    supported=", ".join(VERSIONS),
+    located="installed beside sd-plugin",
+    find=_find,
+    enabled=lambda: bool(_patcher),
+)
 
 
 class MissingDataFileError(UsageError, OSError):
@@ -44,7 +66,7 @@ def on_import(module: ModuleType) -> None:
     """Patch the host, or one of its programs, right after its import; what to do is in the environment."""
     if module.__name__ == "onmt":
         switch = read_switch(os.environ)
-        enable(replace=switch.replace, mode=switch.mode)
+        enable(replace=switch.replaces("opennmt"), mode=switch.mode)
     else:
         _tell_mistakes_in_one_line(module)
 
@@ -64,9 +86,9 @@ def enable(replace: bool = True, mode: str | None = None) -> None:
 
     if mode is not None and mode not in MODES:
         raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    version = getattr(onmt, "__version__", "unknown")
-    if version not in VERSIONS:
-        raise UsageError(f"OpenNMT-py {version} is not supported; supported: {', '.join(VERSIONS)}")
+    problem = _unsupported(getattr(onmt, "__version__", "unknown"))
+    if problem is not None:
+        raise UsageError(problem)
     from sd_plugin.opennmt import options
 
     disable()

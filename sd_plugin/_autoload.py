@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from typing import Any
 
 # Host module -> the patch module to tell. Parents stand before their children: `install` keeps this order.
+# The patch modules declare the same (`HOST.modules`), but may not be imported to be asked.
 HOOKS: "dict[str, str]" = {
+    # A checkout's modules have the most ordinary names; the patch makes sure of whose they are.
+    "data": "sd_plugin.patches.awd_lstm",
+    "embed_regularize": "sd_plugin.patches.awd_lstm",
+    "locked_dropout": "sd_plugin.patches.awd_lstm",
+    "weight_drop": "sd_plugin.patches.awd_lstm",
+    "model": "sd_plugin.patches.awd_lstm",
+    "splitcross": "sd_plugin.patches.awd_lstm",
+    "fastai.text.models.core": "sd_plugin.patches.fastai",
+    "src.models.tagger_birnn_cnn_crf": "sd_plugin.patches.targer",
+    "torch": "sd_plugin.patches.torch_nn",
     "onmt": "sd_plugin.patches.opennmt",
     "onmt.bin.train": "sd_plugin.patches.opennmt",
     "onmt.bin.translate": "sd_plugin.patches.opennmt",
@@ -32,6 +43,8 @@ HOOKS: "dict[str, str]" = {
     "onmt.bin.average_models": "sd_plugin.patches.opennmt",
     "onmt.bin.release_model": "sd_plugin.patches.opennmt",
 }
+# The patches that add something even when nothing is to be replaced. The others are told of nothing then.
+ADDITIVE = ("sd_plugin.patches.opennmt",)
 
 
 class HostFinder:
@@ -46,7 +59,7 @@ class HostFinder:
         self, fullname: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
         """Finds `fullname` if it is a host module, with a loader that tells its patch; else returns None."""
-        patch = HOOKS.get(fullname)
+        patch = _active.get(fullname)
         search = (get_ident(), fullname)
         if patch is None or search in self._searching:
             return None
@@ -110,6 +123,8 @@ class _TellingLoader:
 
 
 _finder = HostFinder()
+# The part of HOOKS that the environment asks for.
+_active: "dict[str, str]" = {}
 _lock = RLock()
 # The host modules whose import a telling loader has taken in hand, so that `install` leaves them alone.
 _told: "set[str]" = set()
@@ -119,24 +134,19 @@ _warned: "set[tuple[str, str]]" = set()
 def install() -> None:
     """Installs the hook, unless `SD_PLUGIN` switches the plugin off.
 
-    Host modules that are imported already are handled at once. Calling it again does nothing. It raises
-    nothing on account of the environment: a value of `SD_PLUGIN` that it does not understand is one line on
-    stderr.
+    Host modules that are imported already are handled at once. Calling it again adds what the environment asks
+    for by now. It raises nothing on account of the environment: a value of `SD_PLUGIN` that it does not understand
+    is one line on stderr.
     """
-    # Most interpreters run without the variable: they are spared loading the module that reads it.
-    if os.environ.get("SD_PLUGIN"):
-        from sd_plugin._environment import read_switch
-
-        switch = read_switch(os.environ)
-        if switch.problem is not None:
-            _warn(switch.problem)
-        if not switch.enabled:
-            return
+    hooks = _hooks_asked_for()
+    if not hooks:
+        return
     with _lock:
-        if _finder in sys.meta_path:
-            return
-        sys.meta_path.insert(0, _finder)
-    for name, patch in tuple(HOOKS.items()):
+        added = {name: patch for name, patch in hooks.items() if name not in _active}
+        _active.update(added)
+        if _finder not in sys.meta_path:
+            sys.meta_path.insert(0, _finder)
+    for name, patch in added.items():
         module = sys.modules.get(name)
         if module is None or name in _told:
             continue
@@ -147,11 +157,34 @@ def install() -> None:
             _tell(patch, name, module)
 
 
+def _hooks_asked_for() -> "dict[str, str]":
+    """The part of `HOOKS` that concerns this process, by its environment."""
+    targets: tuple[str, ...] = ()
+    # Most interpreters run without the variable: they are spared loading the module that reads it.
+    if os.environ.get("SD_PLUGIN"):
+        from sd_plugin._environment import read_switch
+
+        switch = read_switch(os.environ)
+        if switch.problem is not None:
+            _warn(switch.problem)
+        if not switch.enabled:
+            return {}
+        targets = switch.targets if switch.replace else ()
+    asked = {*ADDITIVE, *(_patch_of(target) for target in targets)}
+    return {name: patch for name, patch in HOOKS.items() if patch in asked}
+
+
+def _patch_of(target: str) -> str:
+    """The patch module of a host that `SD_PLUGIN_TARGETS` names."""
+    return f"sd_plugin.patches.{'torch_nn' if target == 'torch' else target}"
+
+
 def uninstall() -> None:
     """Removes the hook and forgets what it has seen. What patches have done stays done."""
     with _lock:
         if _finder in sys.meta_path:
             sys.meta_path.remove(_finder)
+        _active.clear()
         _told.clear()
         _warned.clear()
 

@@ -202,6 +202,18 @@ def _places() -> list[_Place]:
     return places
 
 
+def cache_folder() -> Path:
+    """Where this user's files are kept, by preference; it need not exist yet.
+
+    Raises:
+        OSError: there is no place, not even for temporary files.
+    """
+    places = _places()
+    if not places:
+        raise OSError("no cache directory: set SD_PLUGIN_CACHE")
+    return places[0].path
+
+
 def _open(path: Path) -> ctypes.CDLL:
     """Loads a library.
 

@@ -2,7 +2,15 @@
 
 import pytest
 
-from sd_plugin._environment import MODES, Switch, read_switch
+from sd_plugin._environment import (
+    DEFAULT_TARGETS,
+    MODES,
+    TARGETS,
+    Switch,
+    read_case,
+    read_recurrent_dropout,
+    read_switch,
+)
 
 
 @pytest.mark.parametrize("environ", [{}, {"SD_PLUGIN": ""}, {"SD_PLUGIN": "  "}])
@@ -39,3 +47,55 @@ def test_switches_compare_by_value():
     assert Switch(True, True, "random") != Switch(True, True)
     assert len({Switch(True, False), Switch(True, False)}) == 1
     assert "mode='random'" in repr(Switch(True, True, "random"))
+
+
+def test_targets_default_to_every_host_but_torch():
+    assert read_switch({"SD_PLUGIN": "1"}).targets == DEFAULT_TARGETS
+    assert set(TARGETS) - set(DEFAULT_TARGETS) == {"torch"}
+    assert not read_switch({"SD_PLUGIN": "1"}).replaces("torch")
+
+
+@pytest.mark.parametrize("text", ["torch", " Torch ,", "torch,torch"])
+def test_targets_are_named_in_a_list(text):
+    switch = read_switch({"SD_PLUGIN": "nr_st", "SD_PLUGIN_TARGETS": text})
+    assert switch.targets == ("torch",)
+    assert switch.replaces("torch")
+    assert not switch.replaces("opennmt")
+    assert switch.problem is None
+
+
+def test_an_unknown_target_is_told_and_the_others_hold():
+    switch = read_switch({"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "keras,fastai"})
+    assert switch.targets == ("fastai",)
+    assert "keras" in switch.problem
+    assert all(name in switch.problem for name in TARGETS)
+
+
+def test_targets_alone_replace_nothing():
+    assert not read_switch({"SD_PLUGIN_TARGETS": "torch"}).replaces("torch")
+    assert not read_switch({"SD_PLUGIN": "0", "SD_PLUGIN_TARGETS": "torch"}).replaces("torch")
+
+
+def test_targets_name_the_patches():
+    from sd_plugin import patches
+
+    assert sorted(host.target for host in patches.registry().values()) == sorted(TARGETS)
+
+
+def test_a_case_and_a_recurrent_dropout_are_read():
+    assert read_case({}) is None
+    assert read_case({"SD_PLUGIN_CASE": " iv "}) == "IV"
+    assert read_recurrent_dropout({"SD_PLUGIN_RECURRENT_DROPOUT": " "}) is None
+    assert read_recurrent_dropout({"SD_PLUGIN_RECURRENT_DROPOUT": "0.25"}) == 0.25
+
+
+@pytest.mark.parametrize("text", ["V", "3", "III,IV"])
+def test_no_case(text):
+    with pytest.raises(ValueError, match=f"{text!r}.*I, II, III, IV"):
+        read_case({"SD_PLUGIN_CASE": text})
+
+
+@pytest.mark.parametrize("text", ["1", "-0.1", "half", "nan"])
+def test_no_probability(text):
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        read_recurrent_dropout({"SD_PLUGIN_RECURRENT_DROPOUT": text})

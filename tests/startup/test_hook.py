@@ -281,9 +281,69 @@ def test_child_processes_are_hooked(hosted, tmp_path, method):
     assert (done.returncode, done.stdout, done.stderr) == (0, "onmt\n", "")
 
 
-def test_every_hooked_module_names_a_patch_of_a_host():
+def test_every_hooked_module_is_declared_by_the_patch_of_its_host():
+    from sd_plugin import patches
+    from sd_plugin._autoload import ADDITIVE, HOOKS
+
+    declared = {f"sd_plugin.patches.{name}": host.modules for name, host in patches.registry().items()}
+    hooked: dict[str, list[str]] = {}
+    for module, patch in HOOKS.items():
+        hooked.setdefault(patch, []).append(module)
+    assert {patch: sorted(modules) for patch, modules in hooked.items()} == {
+        patch: sorted(modules) for patch, modules in declared.items()
+    }
+    assert set(ADDITIVE) <= set(declared)
+
+
+def test_parents_are_hooked_before_their_children():
     from sd_plugin._autoload import HOOKS
 
-    assert {patch.rpartition(".")[0] for patch in HOOKS.values()} == {"sd_plugin.patches"}
     order = list(HOOKS)
-    assert all(order.index(name.partition(".")[0]) <= order.index(name) for name in order)
+    for name in order:
+        parent = name.partition(".")[0]
+        assert parent not in HOOKS or order.index(parent) <= order.index(name)
+
+
+@pytest.mark.parametrize(
+    ("environ", "reached"),
+    [
+        ({}, False),
+        ({"SD_PLUGIN": "1"}, True),
+        ({"SD_PLUGIN": "nr_st"}, True),
+        ({"SD_PLUGIN": "0"}, False),
+        ({"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "opennmt"}, False),
+        ({"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "fastai, AWD_LSTM"}, True),
+    ],
+)
+def test_a_host_to_be_replaced_is_reached_only_if_that_was_asked_for(hosted, environ, reached):
+    hosted.write("weight_drop.py", "value = 1\n")
+    hosted.write("sd_plugin/patches/awd_lstm.py", "def on_import(module): print('told of', module.__name__)\n")
+    done = hosted.script("import weight_drop", **environ)
+    assert done.stdout == ("told of weight_drop\n" if reached else "")
+
+
+def test_any_program_on_torch_is_reached_only_by_name(hosted):
+    hosted.write("torch/__init__.py", "value = 1\n")
+    hosted.write("sd_plugin/patches/torch_nn.py", "def on_import(module): print('told of', module.__name__)\n")
+    assert hosted.script("import torch", SD_PLUGIN="1").stdout == ""
+    assert hosted.script("import torch", SD_PLUGIN="1", SD_PLUGIN_TARGETS="torch").stdout == "told of torch\n"
+
+
+def test_installing_again_adds_what_the_environment_asks_for_by_then(hosted):
+    hosted.write("weight_drop.py", "value = 1\n")
+    hosted.write("sd_plugin/patches/awd_lstm.py", "def on_import(module): print('told of', module.__name__)\n")
+    done = hosted.script("""
+        import os, weight_drop
+        from sd_plugin import _autoload
+        os.environ["SD_PLUGIN"] = "1"
+        _autoload.install()
+        _autoload.install()
+    """)
+    assert done.stdout == "told of weight_drop\n"
+
+
+def test_an_unknown_target_is_one_warning(hosted):
+    done = hosted.script("import sys", SD_PLUGIN="1", SD_PLUGIN_TARGETS="opennmt,keras")
+    (line,) = done.stderr.splitlines()
+    assert "keras ignored" in line
+    assert "awd_lstm" in line
