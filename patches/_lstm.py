@@ -31,6 +31,8 @@ def structured(lstm: nn.LSTM, weights: Mapping[str, Tensor] | None = None, **opt
         # Not setattr, which takes parameters only, and would register them.
         module._parameters.pop(name, None)
         module.__dict__[name] = weight
+        # What torch's own kernels are given; it notices a changed attribute only where a parameter was before.
+        module._flat_weights[module._flat_weights_names.index(name)] = weight
     return module
 
 

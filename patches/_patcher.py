@@ -13,20 +13,30 @@ class Patcher:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
+        self._changes: list[str] = []
 
     def __bool__(self) -> bool:
         """Something is changed."""
         return bool(self._undo)
 
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What is changed, by qualified name, in order."""
+        return tuple(self._changes)
+
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set ``owner.name``, which need not be there; a static or class method is put back as such."""
         before = vars(owner).get(name, _ABSENT)
+        module = getattr(owner, "__module__", None)
+        told = getattr(owner, "__qualname__", getattr(owner, "__name__", type(owner).__name__))
+        self._changes.append(".".join(part for part in (module, told, name) if part))
         setattr(owner, name, value)
         self._undo.append(lambda: delattr(owner, name) if before is _ABSENT else setattr(owner, name, before))
 
     def set_item(self, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
         """Set ``mapping[key]``, which need not be there."""
         before = mapping.get(key, _ABSENT)
+        self._changes.append(f"[{key!r}]")
         mapping[key] = value
 
         def undo() -> None:
@@ -41,3 +51,4 @@ class Patcher:
         """Put everything back, last change first."""
         while self._undo:
             self._undo.pop()()
+        self._changes.clear()

@@ -1,0 +1,139 @@
+"""What the launchers of checked-out hosts share: finding the checkout, its data, and running one of its programs."""
+
+import argparse
+import builtins
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from sd_plugin._environment import CASES, MODES
+from sd_plugin.errors import UsageError
+from sd_plugin.patches._checkout import Checkout, commit_of
+
+REPORT_VARIABLE = "SD_PLUGIN_REPORT"
+
+
+def parser(program: str, description: str, checkout: Checkout, folder_option: str) -> argparse.ArgumentParser:
+    """A parser with the options that every launcher has; what it does not know is the host's.
+
+    argparse, because ``--sd`` takes its value only after an equals sign or not at all.
+    """
+    made = argparse.ArgumentParser(
+        prog=program,
+        description=description,
+        usage=f"{program} [--sd[=MODE]] [options] [ARGS of the original ...]",
+        epilog="All other arguments are passed on to the original program.",
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "--sd",
+        nargs="?",
+        const="nr_rh_st",
+        metavar="MODE",
+        help=f"structured dropout, by mode: {', '.join(MODES)} (default nr_rh_st). Without it, the original program",
+    )
+    made.add_argument("--sd-case", metavar="CASE", help=f"of the paper's Fig. 1: {', '.join(CASES)} (default III)")
+    made.add_argument("--sd-dry-run", action="store_true", help="print what would be patched, and stop")
+    made.add_argument(
+        folder_option,
+        dest="folder",
+        type=Path,
+        metavar="DIR",
+        help=f"a checkout; else {checkout.variable}, the working directory, or a clone in the cache folder",
+    )
+    return made
+
+
+def check_choice(name: str, value: str | None, valid: Sequence[str]) -> None:
+    """Raise UsageError unless ``value`` is None or one of ``valid``."""
+    if value is not None and value not in valid:
+        raise UsageError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
+
+
+def told_in_one_line(main: Callable[[], int]) -> int:
+    """Run ``main``; a mistake of the user's becomes one line and exit status 2."""
+    try:
+        return main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def tell_dry_run(title: str, folder: Path, settings: str, changes: Sequence[str]) -> None:
+    """Print what would be patched."""
+    print(f"{title} in {folder}, commit {commit_of(folder)}: {settings}. Would be patched:")
+    for change in changes:
+        print(f"  {change}")
+
+
+def run_program(path: Path, arguments: Sequence[str], prepare: Callable[[], None]) -> int:
+    """Run a host's program as if by ``python PATH ARGUMENTS``, after ``prepare`` has patched the host.
+
+    ``prepare`` is called when ``__main__`` is the program already, none of whose code has run. The exit status is the
+    program's own.
+    """
+    enter_program(path, arguments)
+    prepare()
+    exec(compile(path.read_bytes(), str(path), "exec"), vars(sys.modules["__main__"]))
+    return 0
+
+
+def enter_program(path: Path, arguments: Sequence[str]) -> None:
+    """Make ``__main__``, ``sys.argv`` and ``sys.path`` what they are when Python is started with the program."""
+    module = ModuleType("__main__")
+    vars(module).update(__file__=str(path), __builtins__=builtins)
+    sys.modules["__main__"] = module
+    sys.argv = [str(path), *arguments]
+    sys.path[0] = str(path.parent)
+
+
+def value_of(arguments: Sequence[str], option: str) -> str | None:
+    """The last value that the host's arguments give to ``--option``, as argparse reads it; None if there is none."""
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given.add_argument(option, dest="value")
+    try:
+        value: str | None = given.parse_known_args(list(arguments))[0].value
+    except SystemExit:
+        raise UsageError(f"{option} needs a value") from None
+    return value
+
+
+def text_folder(folder: Path, names: Mapping[str, str]) -> Path:
+    """A folder in which every one of ``names`` is a file, for a host that asks for these names.
+
+    Args:
+        folder: where they are, under these names or those that ``scripts/get_data.py`` gives them.
+        names: the host's name of a file -> the other name.
+
+    Raises:
+        UsageError: a file is missing or empty.
+    """
+    if all((folder / name).is_file() for name in names):
+        found = {name: folder / name for name in names}
+    else:
+        found = {name: folder / other for name, other in names.items()}
+    for name, path in found.items():
+        if not path.is_file():
+            raise UsageError(f"no training data in {folder}: neither {name} nor {path.name} is there")
+        if path.stat().st_size == 0:
+            raise UsageError(f"{path} is empty")
+    if all(path.name == name for name, path in found.items()):
+        return folder
+    return _linked(folder, found)
+
+
+def _linked(folder: Path, files: Mapping[str, Path]) -> Path:
+    """A folder of links, always the same one for ``folder``: hosts name their caches by the path they are given."""
+    from sd_plugin.kernels.cpu.build import cache_folder
+
+    where = str(folder.resolve())
+    links = cache_folder() / "corpora" / hashlib.sha256(where.encode()).hexdigest()[:16]
+    links.mkdir(parents=True, exist_ok=True)
+    for name, path in files.items():
+        fresh = links / f"{name}.{os.getpid()}"
+        fresh.symlink_to(path.resolve())
+        fresh.replace(links / name)
+    return links
