@@ -20,6 +20,7 @@ from sd_plugin.errors import UsageError
 # Sub-command -> module with `main(argv) -> int | None`, where argv excludes the sub-command's name.
 SUBCOMMANDS: dict[str, str] = {
     "bench": "sd_plugin.bench.command",
+    "doctor": "sd_plugin.doctor",
     "to-stock": "sd_plugin.opennmt.to_stock",
 }
 
@@ -35,6 +36,7 @@ Runs PROGRAM in this Python, with sd-plugin's hook into the hosts it knows. PROG
 Example: {EXAMPLE}
 
 Or one of its own commands (each has a --help):
+  doctor    list the hosts found, patched or not and why, backends and settings
   bench     time training steps: stock, and with this plugin's dropouts
   to-stock  make a checkpoint of sd_rnn or sd_brnn one that OpenNMT-py reads without this plugin
 

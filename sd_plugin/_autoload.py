@@ -179,6 +179,11 @@ def _patch_of(target: str) -> str:
     return f"sd_plugin.patches.{'torch_nn' if target == 'torch' else target}"
 
 
+def is_installed() -> bool:
+    """The hook watches the imports of this process."""
+    return _finder in sys.meta_path
+
+
 def uninstall() -> None:
     """Removes the hook and forgets what it has seen. What patches have done stays done."""
     with _lock:

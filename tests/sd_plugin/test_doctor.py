@@ -1,0 +1,128 @@
+"""``sd-plugin doctor``: hosts, backends and settings, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sd_plugin import doctor, kernels, patches
+from sd_plugin._environment import TARGETS
+from sd_plugin.patches import Finding, Host
+
+
+def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SD_PLUGIN", "AWD_", "TARGER_"))}
+    return subprocess.run(
+        [sys.executable, "-m", "sd_plugin", "doctor", *arguments],
+        env={**clean, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(sys.executable).parent,
+    )
+
+
+def found(**environ: str) -> dict:
+    done = run("--json", **environ)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def host(report: dict, name: str) -> dict:
+    return next(host for host in report["hosts"] if host["name"] == name)
+
+
+def test_every_host_backend_and_variable_is_listed():
+    report = found()
+    assert [host["name"] for host in report["hosts"]] == list(patches.hosts())
+    assert [backend["name"] for backend in report["backends"]] == list(kernels.status())
+    assert report["hook"]["installed"]
+    reference = next(backend for backend in report["backends"] if backend["name"] == "reference")
+    assert reference["available"]
+    assert all(backend["available"] or backend["why"] for backend in report["backends"])
+    assert {variable["name"] for variable in report["environment"]} == set(doctor.VARIABLES)
+
+
+def test_the_text_names_the_same():
+    done = run(SD_PLUGIN_BACKEND="reference")
+    assert (done.returncode, done.stderr) == (0, "")
+    for entry in patches.registry().values():
+        assert entry.title in done.stdout
+        assert entry.supported in done.stdout
+    assert "SD_PLUGIN_BACKEND = reference" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("environ", "patched", "why"),
+    [
+        ({}, False, "SD_PLUGIN is not set"),
+        ({"SD_PLUGIN": "1"}, False, "torch is not in SD_PLUGIN_TARGETS"),
+        ({"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "torch"}, True, "mode nr_rh_st"),
+        ({"SD_PLUGIN": "nr_st", "SD_PLUGIN_TARGETS": "torch"}, True, "mode nr_st"),
+        ({"SD_PLUGIN": "0", "SD_PLUGIN_TARGETS": "torch"}, False, "SD_PLUGIN switches everything off"),
+        ({"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "torch", "SD_PLUGIN_CASE": "V"}, False, "is no case"),
+    ],
+)
+def test_whether_and_why_a_program_on_torch_is_patched(environ, patched, why):
+    (finding,) = host(doctor.examine(environ), "torch_nn")["found"]
+    assert finding["patched"] is patched
+    assert why in finding["why"]
+
+
+def test_a_checkout_that_is_something_else_is_told(tmp_path):
+    (tmp_path / "weight_drop.py").write_text("class WeightDrop: ...\n")
+    (finding,) = host(doctor.examine({"AWD_LSTM_DIR": str(tmp_path), "SD_PLUGIN": "1"}), "awd_lstm")["found"]
+    assert not finding["patched"]
+    assert "is not a checkout of awd-lstm-lm" in finding["why"]
+    assert finding["where"] == str(tmp_path)
+
+
+def test_settings_that_are_not_understood_are_told():
+    report = doctor.examine({"SD_PLUGIN": "maybe", "SD_PLUGIN_TARGETS": "keras", "SD_PLUGIN_RECURRENT_DROPOUT": "2"})
+    problems = {entry["name"]: entry["problem"] for entry in report["environment"] if entry["problem"]}
+    assert set(problems) == {"SD_PLUGIN", "SD_PLUGIN_TARGETS", "SD_PLUGIN_RECURRENT_DROPOUT"}
+    assert "'maybe'" in problems["SD_PLUGIN"]
+    assert "keras" in problems["SD_PLUGIN_TARGETS"]
+
+
+def test_without_start_up_files_nothing_counts_as_patched():
+    code = "import sys; from sd_plugin import _autoload, doctor; _autoload.uninstall(); doctor.main(['--json'])"
+    environ = {**os.environ, "SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "torch"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    report = json.loads(done.stdout)
+    assert not report["hook"]["installed"]
+    (finding,) = host(report, "torch_nn")["found"]
+    assert not finding["patched"]
+    assert "python -m sd_plugin" in finding["why"]
+
+
+def test_an_unknown_option_is_wrong_use():
+    done = run("--jsn")
+    assert done.returncode == 2
+    assert "--jsn" in done.stderr
+
+
+def test_every_host_declares_itself():
+    registered = patches.registry()
+    assert list(registered) == list(patches.hosts())
+    for name, entry in registered.items():
+        assert isinstance(entry, Host)
+        assert entry.name == name
+        assert entry.target in TARGETS
+        assert entry.modules
+        assert not entry.enabled()
+        assert all(isinstance(finding, Finding) for finding in entry.find({}))
+
+
+def test_no_host_is_imported_to_be_found():
+    code = (
+        "import sys; from sd_plugin import doctor; doctor.main([]);"
+        "print([name for name in ('onmt', 'fastai', 'weight_drop') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
