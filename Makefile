@@ -23,12 +23,13 @@ help:  ## Show this list
 
 venv: $(STAMP)  ## Make the virtual environment .venv (PYTHON=python3.12 chooses another Python)
 
-# OpenNMT-py pins an old torch, so it is installed without its dependencies, which an extra lists instead.
+# OpenNMT-py pins an old torch, so it is installed without its dependencies, which an extra lists instead. seqeval comes
+# as source that an old pip builds without what it needs, unless told to do it the new way.
 $(STAMP): pyproject.toml setup.py sd_plugin.pth sd_plugin.start constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch
 	$(BIN)/python -m pip install --no-deps OpenNMT-py==3.5.1
-	$(BIN)/python -m pip install -c constraints.txt -e '.[opennmt-unpinned,demo,plot,test]'
+	$(BIN)/python -m pip install --use-pep517 -c constraints.txt -e '.[opennmt-unpinned,demo,plot,test]'
 	touch $@
 
 demo: $(STAMP)  ## Train a small translator with structured dropout on the CPU, in minutes

@@ -28,23 +28,23 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sd_plugin._environment import CASES, MODES, read_case, read_switch
+from sd_plugin._environment import read_case, read_switch
 from sd_plugin.errors import UsageError
 
 from ._checkout import Checkout
 from ._fingerprint import Function
 from ._host import Finding, Host
 from ._patcher import Patcher
+from ._settings import Settings, checked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ._awd_lstm_torch import Programs
+    from ._host_files import Programs
 
 CHECKOUT = Checkout(
     name="awd-lstm-lm",
@@ -106,31 +106,6 @@ HOST = Host(
 )
 
 _patcher = Patcher()
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How units are dropped.
-
-    Attributes:
-        recurrent: units of the recurrent state, instead of weights.
-        case: of the paper's Fig. 1.
-        sampling: of the structured cases.
-    """
-
-    recurrent: bool
-    case: str
-    sampling: str
-
-    def lstm(self, recurrent_dropout: float, site: str) -> dict[str, Any]:
-        """Options of a `StructuredDropoutLSTM` for one call."""
-        return {
-            "recurrent_dropout": recurrent_dropout,
-            "mode": "nr_rh_st" if self.case in ("III", "IV") else "random",
-            "locked": self.case in ("II", "IV"),
-            "sampling": self.sampling,
-            "site": site,
-        }
 
 
 class Places:
@@ -209,7 +184,7 @@ def enable(
         UsageError: an argument is not valid, or the checkout is not there or not the host. Nothing is patched then.
     """
     global _enabling
-    settings = _settings(mode, case, sampling)
+    settings = checked(mode, case, sampling, own_case="II")
     found = _folder_on_path() if folder is None else Path(folder)
     problem = CHECKOUT.problem(found)
     if problem is not None:
@@ -238,23 +213,6 @@ def changes() -> tuple[str, ...]:
     return _patcher.changes
 
 
-def _settings(mode: str, case: str | None, sampling: str) -> Settings | None:
-    """None for the host's own dropout."""
-    from sd_plugin.patterns import SAMPLINGS
-
-    if mode not in MODES:
-        raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if case is not None and case not in CASES:
-        raise UsageError(f"case must be one of {', '.join(CASES)}, got {case!r}")
-    if sampling not in SAMPLINGS:
-        raise UsageError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
-    if mode == "random":
-        if case not in (None, "II"):
-            raise UsageError(f"mode random is the host's own dropout, case II; case {case} needs nr_st or nr_rh_st")
-        return None
-    return Settings(mode == "nr_rh_st", case or "III", sampling)
-
-
 def _folder_on_path() -> Path:
     spec = importlib.util.find_spec("weight_drop")
     if spec is None or spec.origin is None:
@@ -276,9 +234,9 @@ def _imported(name: str, folder: Path) -> ModuleType:
 
 
 def _patch(modules: Mapping[str, Any], folder: Path, settings: Settings | None) -> None:
-    from . import _awd_lstm_torch
+    from . import _awd_lstm_torch, _host_files
 
-    programs = _awd_lstm_torch.Programs(folder)
+    programs = _host_files.Programs(folder)
     _awd_lstm_torch.patch(_patcher, programs)
     _patch_model(modules["model"].RNNModel, programs)
     weight_drop = modules["weight_drop"].WeightDrop
