@@ -22,14 +22,12 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import pickle
-import sys
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sd_plugin._environment import CASES, MODES, read_case, read_recurrent_dropout, read_switch
@@ -37,8 +35,9 @@ from sd_plugin.errors import UsageError
 
 from ._checkout import Checkout
 from ._fingerprint import Function
-from ._host import Finding, Host
+from ._host import Host
 from ._patcher import Patcher
+from ._settings import check
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,9 +97,9 @@ TAGGERS = (
 _MAIN_MODULE = TAGGERS[0][0]
 _LAYER_MODULE = "src.layers.layer_bilstm"
 
-
-def _find(environ: Mapping[str, str]) -> list[Finding]:
-    return CHECKOUT.find(environ)
+_patcher = Patcher()
+# Apart, because the host needs these on a modern torch with and without structured dropout.
+_file_patcher = Patcher()
 
 
 HOST = Host(
@@ -110,13 +109,9 @@ HOST = Host(
     modules=(_MAIN_MODULE,),
     supported=f"checkouts whose patched functions are those of commit {CHECKOUT.commit[:10]}",
     located=f"run in its checkout, or named by {CHECKOUT.variable}",
-    find=_find,
+    find=CHECKOUT.find,
     enabled=lambda: bool(_patcher),
 )
-
-_patcher = Patcher()
-# Apart, because the host needs these on a modern torch with and without structured dropout.
-_file_patcher = Patcher()
 
 
 @dataclass(frozen=True)
@@ -137,11 +132,10 @@ class Settings:
     def of(cls, mode: str | None, case: str | None, recurrent_dropout: float | None) -> Settings:
         """From the arguments of :func:`enable`; errors as there."""
         mode = "nr_rh_st" if mode is None else mode
-        if mode not in MODES:
-            raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
+        check("mode", mode, MODES)
         valid = ("I", "II") if mode == "random" else ("III", "IV")
-        if case is not None and case not in CASES:
-            raise UsageError(f"case must be one of {', '.join(CASES)}, got {case!r}")
+        if case is not None:
+            check("case", case, CASES)
         if case is not None and case not in valid:
             raise UsageError(f"mode {mode} has the cases {' and '.join(valid)}, not {case}")
         p = recurrent_dropout
@@ -157,18 +151,14 @@ class Settings:
         """The recurrent dropout of a tagger that itself drops with this probability."""
         return dropout if self.recurrent_dropout is None else self.recurrent_dropout
 
-    def changes(self) -> list[tuple[str, str]]:
-        """What :func:`enable` replaces, and by what, in words."""
+    def __str__(self) -> str:
         how = "at random" if self.mode == "random" else "structured"
-        p = "that of --dropout-ratio" if self.recurrent_dropout is None else f"{self.recurrent_dropout:g}"
-        recurrent = "none" if self.recurrent_dropout == 0 else p
-        moved = f"dropout ahead of the BiLSTM: at its input, {how} (case {self.case})"
-        return [
-            *((f"{module}.{name}.{method}", moved) for module, name, method in TAGGERS),
-            (f"{_LAYER_MODULE}.LayerBiLSTM.forward", f"recurrent dropout: {recurrent}; skips dropped units"),
-            ("torch.load", "of the checkout's own calls: weights_only=False"),
-            ("torch.save", "of the checkout's own calls: complete, or not at all"),
-        ]
+        p = self.recurrent_dropout
+        recurrent = "the same probability" if p is None else f"{p:g}" if p else "none"
+        return (
+            f"mode {self.mode}, case {self.case}: dropout ahead of the BiLSTM moved to its input, {how}; "
+            f"recurrent dropout: {recurrent}"
+        )
 
 
 def on_import(module: ModuleType) -> None:
@@ -216,6 +206,11 @@ def disable() -> None:
     """Give the host's classes, and torch's functions, back their own behaviour."""
     _patcher.undo()
     _file_patcher.undo()
+
+
+def changes() -> tuple[str, ...]:
+    """What is patched now, by qualified name."""
+    return (*_file_patcher.changes, *_patcher.changes)
 
 
 def _folder() -> Path:
@@ -345,52 +340,7 @@ def patch_files(folder: Path) -> None:
     Args:
         folder: the checkout. Calls of ``torch.load`` and ``torch.save`` from anywhere else stay as they are.
     """
-    import torch
+    from . import _host_files
 
-    root = os.path.realpath(folder)
     _file_patcher.undo()
-    _file_patcher.set(torch, "load", _loading(torch.load, root))
-    _file_patcher.set(torch, "save", _saving(torch.save, root))
-
-
-def _is_own(frame: FrameType, root: str) -> bool:
-    """The code of ``frame`` is the checkout's own: a virtual environment inside of it is not."""
-    path = os.path.realpath(frame.f_globals.get("__file__") or frame.f_code.co_filename)
-    return os.path.dirname(path) == root or path.startswith(os.path.join(root, "src", ""))
-
-
-def _loading(stock: Callable[..., Any], root: str) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def load(f: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_own(sys._getframe(1), root):
-            return stock(f, *args, **kwargs)
-        kwargs.setdefault("weights_only", False)
-        try:
-            return stock(f, *args, **kwargs)
-        except (EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-            raise UsageError(f"{f} is damaged, or no file of targer: {reason}") from error
-
-    return load
-
-
-def _saving(stock: Callable[..., None], root: str) -> Callable[..., None]:
-    @functools.wraps(stock)
-    def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> None:
-        if not isinstance(f, (str, os.PathLike)) or not _is_own(sys._getframe(1), root):
-            stock(obj, f, *args, **kwargs)
-            return
-        target = os.path.realpath(f)
-        # Another process that saves to the same name must not write into this one's file.
-        partial = f"{target}.partial-{os.getpid()}"
-        try:
-            with open(partial, "wb") as file:
-                stock(obj, file, *args, **kwargs)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
-
-    return save
+    _host_files.patch(_file_patcher, _host_files.Programs(folder, packages=("src",)), CHECKOUT.name)
