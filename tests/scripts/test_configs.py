@@ -10,7 +10,8 @@ import yaml
 from corpora import CORPORA, NAMES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-ALL = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+# The others are configurations of scripts in this repository.
+ALL = sorted(path.stem for path in CONFIGS.glob("*.yaml") if not path.stem.startswith("zaremba"))
 PAIRS = [
     ("iwslt_deen", "iwslt_deen_nr_st", "nr_st"),
     ("iwslt_deen", "iwslt_deen_sd", "nr_rh_st"),

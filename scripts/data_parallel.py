@@ -1,0 +1,92 @@
+"""Training by several processes (``torchrun --nproc_per_node N``), or by one, which sends nothing and never waits."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sd_plugin import UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        count: how many there are; rank: this one's number, from 0.
+        device: what this one computes on.
+    """
+
+    count: int
+    rank: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def share(self, text: Tensor) -> Tensor:
+        """This process's columns of a text ``[n, B]``, on its device; they may be none if B is less than ``count``."""
+        return text[:, self.rank :: self.count].contiguous().to(self.device)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """``model``, in which each backward pass then leaves the mean of all processes' gradients."""
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if self.count > 1 else model
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` added up over all processes, in place."""
+        if self.count > 1:
+            distributed.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The ``value`` of each process, by rank."""
+        values: list[Any] = [value] * self.count
+        if self.count > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
+
+@contextlib.contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """Join the processes that torchrun started, if it did: by gloo on CPUs, by NCCL on CUDA devices.
+
+    Args:
+        device: ``cpu``, ``cuda`` or ``cuda:N``. Of several processes each takes the ``cuda`` device of its local rank.
+
+    Raises:
+        UsageError: there is no such device, or a numbered one for several processes.
+    """
+    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if count > 1 and ":" in device:
+        raise UsageError(f"--device {device}: {count} processes need a device each; give --device cuda")
+    found = _device(f"cuda:{local}" if device == "cuda" else device)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    if count == 1:
+        yield Processes(1, 0, found)
+        return
+    distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    try:
+        yield Processes(count, rank, found)
+    finally:
+        distributed.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    """The device called ``name``, if this machine and this PyTorch have it."""
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: must be cpu, cuda or cuda:N")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device

@@ -1,0 +1,176 @@
+"""The folder of a training: its checkpoint, its log and its result, whole at any moment.
+
+A file is written under another name, flushed to the disk and renamed, so that whatever ends a run, the power too,
+leaves the old file or the new one. The checkpoint is the truth: it holds the rows of the log, and the log is written
+after it and again on resuming, so that the two agree.
+"""
+
+import contextlib
+import csv
+import fcntl
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus_files import sync
+
+from sd_plugin import UsageError
+
+#: Grows when the meaning of a checkpoint changes.
+FORMAT = 1
+#: What a checkpoint holds: ``identity`` says which training it is of; only tensors and plain values are anywhere in it.
+KEYS = ("format", "identity", "epoch", "model", "optimizer", "random", "log")
+
+
+class RunFolder:
+    """The files of one training in ``path``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint = path / "checkpoint.pt"
+        self.log = path / "log.csv"
+        self.result = path / "result.json"
+        self.files = (self.checkpoint, self.log, self.result)
+
+    def check(self, resume: bool) -> None:
+        """See that what is there may be continued, if ``resume``, or that nothing is there to be overwritten.
+
+        Raises:
+            UsageError: naming what else can be done.
+        """
+        if resume and not self.checkpoint.exists():
+            raise UsageError(f"{self.path} has no {self.checkpoint.name} to resume: leave out --resume to start one")
+        if not resume and self.checkpoint.exists():
+            raise UsageError(f"{self.checkpoint} is there: give --resume to continue it, or another folder with --out")
+        for file in (self.log, self.result):
+            if not resume and file.exists():
+                raise UsageError(f"{file} is there without its checkpoint: move it away, or give another --out")
+
+    @contextlib.contextmanager
+    def held(self, resume: bool, writes: bool) -> Iterator[None]:
+        """:meth:`check` the folder, and hold it against other runs; if it is missing, make it. If killed, the system
+        lets go.
+
+        Args:
+            writes: of several processes only the one that writes holds it; the others check.
+
+        Raises:
+            UsageError: as :meth:`check`, or another run holds it. OSError: it cannot be made or written.
+        """
+        self.check(resume)
+        if not writes:
+            yield
+            return
+        is_new = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{self.path} is in use by another run") from None
+            # Whoever held it before may have left something.
+            self.check(resume)
+            # Better now than after the first epoch.
+            tempfile.TemporaryFile(dir=self.path).close()
+            yield
+        finally:
+            if is_new:
+                # Unless something is in it.
+                with contextlib.suppress(OSError):
+                    self.path.rmdir()
+            os.close(descriptor)
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint, then the log.
+
+        Args:
+            state: :data:`KEYS` without ``format``.
+
+        Raises:
+            OSError: a file cannot be written; the old one is still there.
+        """
+        content = io.BytesIO()
+        torch.save({"format": FORMAT, **state}, content)
+        write_whole(self.checkpoint, content.getbuffer())
+        self.write_log(state["log"])
+
+    def write_log(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the log by these rows, of which there must be one."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.log, text.getvalue().encode())
+
+    def write_result(self, result: Mapping[str, Any]) -> None:
+        """Replace the result by these plain values."""
+        write_whole(self.result, (json.dumps(result, indent=2) + "\n").encode())
+
+    def load(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """The checkpoint, on the CPU.
+
+        Args:
+            identity: of the training that is to go on.
+
+        Raises:
+            UsageError: it is damaged, no checkpoint of ours, or of another training. OSError: it cannot be read.
+        """
+        state = _read(self.checkpoint)
+        if not isinstance(state, dict) or any(key not in state for key in KEYS) or state["format"] != FORMAT:
+            raise UsageError(f"{self.checkpoint} is no checkpoint of this program; it was left as it is")
+        if differing := _differences(state["identity"], identity):
+            raise UsageError(
+                f"{self.checkpoint} is of another training: {differing}; "
+                "run it with the same settings, or give another folder with --out"
+            )
+        return state
+
+
+def _read(path: Path) -> Any:
+    """What ``torch.save`` wrote, if its bytes are as they were written."""
+    content = io.BytesIO(path.read_bytes())
+    try:
+        # torch writes checksums, but does not look at them.
+        with zipfile.ZipFile(content) as archive:
+            damaged = archive.testzip()
+        if damaged is None:
+            content.seek(0)
+            return torch.load(content, map_location="cpu", weights_only=True)
+        reason = f"{damaged} has another checksum"
+    except Exception as error:  # whatever a reader makes of broken bytes
+        reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+    raise UsageError(f"{path} is damaged ({reason}); it was left as it is: move it away, or put a good copy there")
+
+
+def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys in which two identities differ, with both values."""
+    keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+    return ", ".join(f"{key} was {was.get(key)} and is {now.get(key)}" for key in keys)
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """Write a file that is at any moment the old one or the new one, whole.
+
+    Raises:
+        OSError: it cannot be written; the old one is still there, and nothing else.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        # Not before the bytes are on the disk: else a power cut could leave the new name with nothing in it.
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    sync(path.parent)

@@ -1,0 +1,304 @@
+#!/usr/bin/env python
+"""Train the word language model of Zaremba et al. 2014 with structured dropout, and measure its perplexity.
+
+    python scripts/get_data.py ptb
+    python scripts/zaremba_main.py configs/zaremba_medium.yaml --mode nr_rh_st
+    torchrun --nproc_per_node 2 scripts/zaremba_main.py configs/zaremba_large.yaml
+
+It is also the example of how to use the library: :class:`LanguageModel` is all that differs from a PyTorch program.
+
+After each epoch the run folder holds a checkpoint, from which ``--resume`` continues to the same numbers, bit by bit on
+the same machine and threads, as if nothing had happened; and ``log.csv``, which benchmarks/learning_curves.py draws.
+Valid and test are read in ``evaluation_batch_size`` columns, without dropout, the hidden state carried from sequence to
+sequence.
+
+Several processes share the columns of a batch and average their gradients. Structured dropout drops the same units for
+the whole batch, so all of them draw the same patterns, and N processes train as one would, to rounding. Random dropout
+is each process's own, or columns of different processes would lose the same units.
+
+Exit status: 0 done, 1 the loss is no longer finite, 2 wrong use or a file that cannot be read or written.
+"""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+try:
+    # Not all are used here, but all in the files beside this one.
+    import rich  # noqa: F401
+    import typer
+    import yaml  # noqa: F401
+
+    import sd_plugin  # noqa: F401
+except ImportError:
+    print("zaremba_main.py needs sd-plugin, typer, rich and PyYAML: pip install '.[demo]'", file=sys.stderr)
+    raise SystemExit(2) from None
+
+import torch
+from data_parallel import Processes, joined
+from language_model_data import Corpus, columns, read_corpus, sequences
+from torch import Tensor, nn
+from training_display import EpochDisplay, perplexity
+from training_run import DivergenceError, Run, say, warn
+from training_settings import Settings, parse_changes, read_settings
+from training_state import RunFolder
+
+from sd_plugin import (
+    FusedCrossEntropyLoss,
+    StructuredDropout,
+    StructuredDropoutLSTM,
+    StructuredLinear,
+    UsageError,
+    stats,
+)
+from sd_plugin.lstm import MODES
+
+State = tuple[Tensor, Tensor]
+
+
+class LanguageModel(nn.Module):
+    """Embedding, LSTM layers and projection onto the vocabulary, with dropout before, between and after the layers.
+
+    Mode ``random``, the baseline, is built of PyTorch's own modules. In the others each of them has a counterpart of
+    this library, with the same arguments, parameters and ``state_dict``.
+    """
+
+    def __init__(self, vocabulary: int, settings: Settings) -> None:
+        super().__init__()
+        hidden, layers, p = settings.hidden_size, settings.num_layers, settings.dropout
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        if settings.mode == "random":
+            self.input_dropout = nn.Dropout(p)
+            self.lstm = nn.LSTM(hidden, hidden, layers, dropout=p)
+            self.output_dropout = nn.Dropout(p)
+            self.projection = nn.Linear(hidden, vocabulary)
+            self.loss = nn.CrossEntropyLoss(reduction="sum")
+        else:
+            # Drops the same units for the whole batch and new ones at each time step; the LSTM's products skip them.
+            self.input_dropout = StructuredDropout(p, site="embedding")
+            # Drops between its layers like that, and in nr_rh_st also inside the products with the state before.
+            self.lstm = StructuredDropoutLSTM(
+                *(hidden, hidden, layers),
+                dropout=p,
+                recurrent_dropout=p if settings.mode == "nr_rh_st" else 0.0,
+                mode=settings.mode,
+            )
+            self.output_dropout = StructuredDropout(p, site="output")
+            # Skips what output_dropout has just dropped: it needs no word about that, the tensor carries a hint.
+            self.projection = StructuredLinear(hidden, vocabulary)
+            # Never holds the log-softmax, which is as large as the logits.
+            self.loss = FusedCrossEntropyLoss(reduction="sum")
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -settings.init_range, settings.init_range)
+
+    def forward(self, words: Tensor, targets: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The loss of predicting ``targets``, and the state to go on with.
+
+        Args:
+            words, targets: numbers of words, int64 ``[T, B]``.
+            state: (h, c), each ``[layers, B, H]``; None is zero.
+
+        Returns:
+            The loss summed over all words, in nats, and (h, c).
+        """
+        y, state = self.lstm(self.input_dropout(self.embedding(words)), state)
+        logits = self.projection(self.output_dropout(y))
+        return self.loss(logits.flatten(0, 1), targets.flatten()), state
+
+
+class Training:
+    """A model in training: what a checkpoint holds, and one epoch after the other."""
+
+    def __init__(self, settings: Settings, corpus: Corpus, processes: Processes) -> None:
+        self.settings, self.processes = settings, processes
+        self.vocabulary = len(corpus.words)
+        self.text = {
+            part: processes.share(
+                columns(text, settings.batch_size if part == "train" else settings.evaluation_batch_size)
+            )
+            for part, text in corpus.parts.items()
+        }
+        self.steps = (len(self.text["train"]) - 1) // settings.sequence_length
+        if self.steps == 0:
+            raise UsageError(f"train has too few words for {settings.batch_size} columns of sequence_length + 1")
+        torch.manual_seed(settings.seed)
+        self.model = LanguageModel(self.vocabulary, settings).to(processes.device)
+        if settings.mode == "random" and processes.rank > 0:
+            # Far from the seeds that people give: 1, 2, 3.
+            torch.manual_seed(settings.seed + 1_000_003 * processes.rank)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=settings.learning_rate)
+        self.parallel = processes.wrap(self.model)
+        self.epoch = 0
+
+    def train(self, display: EpochDisplay) -> float:
+        """Train for the next epoch; its perplexity."""
+        self.epoch += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_of(self.epoch)
+        self.model.train()
+        state = None
+        # On the device: to read it in every step would have every step wait.
+        nats = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        # Every sequence of the same length, as in Zaremba's program: a few words at the end are not trained on.
+        for words, targets in sequences(self.text["train"], self.settings.sequence_length, whole=True):
+            loss, state = self.parallel(words, targets, state)
+            nats += loss.detach()
+            self._descend(loss)
+            # The values go on, the gradient ends here.
+            state = (state[0].detach(), state[1].detach())
+            display.step(nats, targets.numel())
+        scored = self.steps * self.settings.sequence_length * self.settings.batch_size
+        return perplexity(self.processes.sum(nats).item(), scored)
+
+    def _descend(self, loss: Tensor) -> None:
+        """A step of the optimizer, for a loss summed over time and this process's columns."""
+        self.optimizer.zero_grad()
+        # Zaremba's loss is a mean over time and a sum over columns, but processes' gradients are averaged.
+        (loss * (self.processes.count / self.settings.sequence_length)).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def evaluate(self, part: str) -> float:
+        """The perplexity of ``valid`` or ``test``."""
+        self.model.eval()
+        state, scored = None, 0
+        nats = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        for words, targets in sequences(self.text[part], self.settings.sequence_length):
+            # With more processes than columns, some have none.
+            if targets.numel():
+                loss, state = self.model(words, targets, state)
+                nats, scored = nats + loss, scored + targets.numel()
+        total = self.processes.sum(torch.stack([nats, nats.new_tensor(scored)]))
+        return perplexity(*total.tolist())
+
+    def skipped(self) -> tuple[int, int]:
+        """Multiply-adds that this process skipped so far, and those of an epoch if it skipped none.
+
+        Counted are the products of the LSTM and the projection, forward, of the input's gradient and of the weights'.
+        """
+        hidden, layers = self.settings.hidden_size, self.settings.num_layers
+        words = self.steps * self.settings.sequence_length * self.settings.batch_size // self.processes.count
+        whole = 3 * words * (layers * 8 * hidden * hidden + hidden * self.vocabulary)
+        return sum(site.skipped for site in stats.sites().values()), whole
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs to go on exactly: only tensors and plain values. All processes must call it."""
+        device = self.processes.device
+        random = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(device)
+        return {
+            "epoch": self.epoch,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self.processes.gather(random),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.epoch = state["epoch"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        random = state["random"][self.processes.rank]
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.processes.device)
+
+
+def identity_of(settings: Settings, corpus: Corpus, processes: Processes) -> dict[str, Any]:
+    """What must be equal for a training to be the same one: all that has a part in its numbers."""
+    identity = dataclasses.asdict(settings)
+    # When to stop changes no epoch before, and the text may have been moved.
+    del identity["epochs"], identity["data"]
+    return {**identity, "text": corpus.digest()[:16], "processes": processes.count, "device": processes.device.type}
+
+
+def train_and_test(
+    settings: Settings, name: str, folder: RunFolder, resume: bool, stop: int, processes: Processes
+) -> None:
+    """Train until epoch ``stop`` is done, then test.
+
+    Raises:
+        UsageError, OSError, DivergenceError: why not.
+    """
+    if settings.batch_size % processes.count:
+        raise UsageError(f"batch_size {settings.batch_size} cannot be shared equally by {processes.count} processes")
+    corpus = read_corpus(Path(settings.data))
+    training = Training(settings, corpus, processes)
+    run = Run(name, training, folder, identity_of(settings, corpus, processes))
+    if resume:
+        run.resume()
+    if processes.leads:
+        if corpus.note:
+            warn(f"note: {corpus.note}")
+        parameters = sum(parameter.numel() for parameter in training.model.parameters())
+        say(
+            f"{name}, {settings.mode}: {parameters:,} parameters, {training.vocabulary:,} words, "
+            f"{training.steps:,} steps an epoch; {processes.device}, {torch.get_num_threads()} threads"
+            + (f"; resumed after epoch {training.epoch}" if resume else "")
+        )
+    while training.epoch < stop:
+        run.epoch(stop)
+    run.finish()
+
+
+def _fail(reason: object, status: int) -> typer.Exit:
+    """Print one line of what went wrong; the exit to raise."""
+    # Of several processes, which meet the same error, one says it.
+    if os.environ.get("RANK", "0") == "0":
+        if isinstance(reason, OSError) and reason.strerror:
+            reason = f"{reason.filename}: {reason.strerror}" if reason.filename else reason.strerror
+        warn(f"error: {reason}")
+    return typer.Exit(status)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="configs/zaremba_medium.yaml or another such file.")],
+    mode: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODES)}.  [default: CONFIG's]")] = None,
+    data: Annotated[str | None, typer.Option(metavar="DIR", help="Folder of the text.  [default: CONFIG's]")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Run folder.  [default: run/CONFIG_MODE]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Stop after epoch N; --resume goes on another time.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the run folder's checkpoint.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads of each process.  [default: PyTorch's]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Seed.  [default: CONFIG's]")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of CONFIG; may be repeated.")
+    ] = None,
+) -> None:
+    """Train a language model with structured dropout, and measure its perplexity."""
+    try:
+        given = {"mode": mode, "data": data, "seed": seed}
+        named = {key: value for key, value in given.items() if value is not None}
+        settings = read_settings(config, {**parse_changes(changes or []), **named})
+        stop = settings.epochs if epochs is None else epochs
+        if stop > settings.epochs:
+            raise UsageError(
+                f"--epochs {epochs}: the schedule ends after {settings.epochs}; --set epochs={epochs} extends it"
+            )
+        folder = RunFolder(out or Path("run") / f"{config.stem}_{settings.mode}")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with joined(device) as processes, folder.held(resume, processes.leads):
+            train_and_test(settings, config.stem, folder, resume, stop, processes)
+    except (UsageError, OSError) as error:
+        raise _fail(error, 2) from None
+    except DivergenceError as error:
+        raise _fail(error, 1) from None
+    except KeyboardInterrupt:
+        raise _fail("interrupted; --resume continues after the last finished epoch", 130) from None
+
+
+if __name__ == "__main__":
+    app()
