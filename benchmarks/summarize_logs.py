@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Writes the tables of OpenNMT-py training logs in benchmarks/results/README.md, from the logs alone.
+"""Writes the tables of trainings in benchmarks/results/README.md, from the files beside it alone.
 
     python benchmarks/summarize_logs.py [--check]
 
-``--check`` writes nothing and fails if the tables in the file are not what the logs give. Only the logs in ``timed/``
-were made on a quiet machine; the seconds of the others would mean nothing.
+``--check`` writes nothing and fails if the tables in the file are not what the files give. Of OpenNMT-py's logs only
+those in ``timed/`` were made on a quiet machine; the seconds of the others would mean nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-#: Name of a table's marks -> the folder of its logs, and whether their times mean something.
-TABLES = {"the logs": (RESULTS, False), "the timed logs": (RESULTS / "timed", True)}
+import run_tables
+from run_tables import RESULTS
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,23 @@ def table(folder: Path, timed: bool) -> str:
     return "\n".join([*head, *(Run.read(path).row(folder, timed) for path in sorted(folder.glob("*.log")))])
 
 
+#: Name of a table's marks -> what makes it. OpenNMT-py's: the folder of its logs, and whether to show their times.
+TABLES: dict[str, Callable[[], str]] = {
+    "the logs": partial(table, RESULTS, False),
+    "the timed logs": partial(table, RESULTS / "timed", True),
+    "AWD-LSTM": run_tables.awd_lstm,
+    "Zaremba medium": run_tables.zaremba,
+    "F1": run_tables.ner_scores,
+    "the time of NER": run_tables.ner_times,
+}
+
+
 def updated(text: str) -> str:
     """``text`` with every table made anew."""
-    for name, source in TABLES.items():
+    for name, made in TABLES.items():
         begin, end = f"<!-- table of {name}: begin -->", f"<!-- table of {name}: end -->"
         before, rest = text.split(begin)
-        text = f"{before}{begin}\n{table(*source)}\n{end}{rest.split(end)[1]}"
+        text = f"{before}{begin}\n{made()}\n{end}{rest.split(end)[1]}"
     return text
 
 

@@ -7,7 +7,6 @@ folder; :meth:`Checkout.obtain` clones the pinned commit into the latter.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -94,16 +93,26 @@ class Checkout:
             UsageError: it could not be cloned.
         """
         target = self.cached()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            clone = Path(scratch) / self.name
-            self._git("clone", "--quiet", self.origin, str(clone))
-            self._git("-C", str(clone), "checkout", "--quiet", self.commit)
-            problem = self.problem(clone)
-            if problem is not None:
-                raise UsageError(f"{self.origin} at {self.commit[:10]}: {problem}")
-            shutil.move(clone, target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                self._clone(Path(scratch) / self.name, target)
+        except OSError as error:
+            raise self._not_obtained(f"{error.strerror}: {error.filename}") from error
         return target
+
+    def _clone(self, clone: Path, target: Path) -> None:
+        self._git("clone", "--quiet", self.origin, str(clone))
+        self._git("-C", str(clone), "checkout", "--quiet", self.commit)
+        problem = self.problem(clone)
+        if problem is not None:
+            raise UsageError(f"{self.origin} at {self.commit[:10]}: {problem}")
+        try:
+            clone.rename(target)
+        except OSError:
+            # Another process was faster, or else there is a reason to tell.
+            if self.problem(target) is not None:
+                raise
 
     def _git(self, *arguments: str) -> None:
         try:
@@ -120,10 +129,13 @@ class Checkout:
         except (OSError, subprocess.TimeoutExpired) as error:
             reason = f"{error.__class__.__name__}: {error}"
         if reason is not None:
-            raise UsageError(
-                f"no checkout of {self.name} was found, and cloning {self.origin} failed ({reason}); "
-                f"get commit {self.commit[:10]} from there and name its folder with {self.variable}"
-            )
+            raise self._not_obtained(reason)
+
+    def _not_obtained(self, reason: str) -> UsageError:
+        return UsageError(
+            f"no checkout of {self.name} was found, and cloning {self.origin} failed ({reason}); "
+            f"get commit {self.commit[:10]} from there and name its folder with {self.variable}"
+        )
 
 
 def commit_of(folder: Path) -> str:

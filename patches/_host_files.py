@@ -9,9 +9,9 @@ import errno
 import functools
 import io
 import os
-import pickle
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import IO, Any
@@ -73,17 +73,30 @@ class AtomicWriter(io.BufferedWriter):
 
     def discard(self) -> None:
         """Give up what was written."""
-        super().close()
-        os.unlink(self._partial)
+        # Closing writes what is left first, which fails again where there is no room.
+        with suppress(OSError):
+            super().close()
+        with suppress(FileNotFoundError):
+            os.unlink(self._partial)
 
     def close(self) -> None:
-        """Put it in its place."""
+        """Put it in its place; if that fails, give it up."""
         if self.closed:
             return
-        self.flush()
-        os.fsync(self.fileno())
-        super().close()
-        os.replace(self._partial, self._target)
+        try:
+            self.flush()
+            os.fsync(self.fileno())
+            super().close()
+            os.replace(self._partial, self._target)
+        except BaseException:
+            self.discard()
+            raise
+
+
+def _writer(path: str | os.PathLike[str]) -> io.BufferedWriter:
+    """For the whole of a file; a pipe or a device keeps its place."""
+    is_special = os.path.exists(path) and not os.path.isfile(path)
+    return open(path, "wb") if is_special else AtomicWriter(path)
 
 
 Unwrap = Callable[[Any, str], Any]
@@ -113,14 +126,15 @@ def _loading(stock: Callable[..., Any], programs: Programs, host: str, unwrap: U
         # torch >= 2.6 refuses whole modules otherwise.
         kwargs.setdefault("weights_only", False)
         try:
-            return unwrap(stock(f, *args, **kwargs), caller)
-        except (EOFError, KeyError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+            loaded = stock(f, *args, **kwargs)
+        except Exception as error:  # broken bytes make unpickling fail in any way
             # A file that ends too early is an invalid argument to torch; others that cannot be read say so themselves.
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno != errno.EINVAL):
                 raise
             name = f if isinstance(f, (str, os.PathLike)) else getattr(f, "name", "the file")
             reason = "it ends too early" if isinstance(error, OSError) else (str(error).splitlines() or [""])[0]
             raise UsageError(f"{name} is damaged, or no file of {host}: {reason or type(error).__name__}") from error
+        return unwrap(loaded, caller)
 
     return load
 
@@ -131,7 +145,7 @@ def _saving(stock: Callable[..., None], programs: Programs) -> Callable[..., Non
         if not isinstance(f, (str, os.PathLike)) or programs.caller(sys._getframe(1)) is None:
             stock(obj, f, *args, **kwargs)
             return
-        with AtomicWriter(f) as file:
+        with _writer(f) as file:
             stock(obj, file, *args, **kwargs)
 
     return save
@@ -139,5 +153,5 @@ def _saving(stock: Callable[..., None], programs: Programs) -> Callable[..., Non
 
 def _open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> IO[Any]:
     if mode == "wb" and isinstance(file, (str, os.PathLike)) and not args and not kwargs:
-        return AtomicWriter(file)
+        return _writer(file)
     return open(file, mode, *args, **kwargs)

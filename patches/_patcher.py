@@ -21,8 +21,8 @@ class Patcher:
 
     @property
     def changes(self) -> tuple[str, ...]:
-        """What is changed, by qualified name, in order."""
-        return tuple(self._changes)
+        """What is changed, by qualified name, in order, each once."""
+        return tuple(dict.fromkeys(self._changes))
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set ``owner.name``, which need not be there; a static or class method is put back as such."""
@@ -31,7 +31,17 @@ class Patcher:
         told = getattr(owner, "__qualname__", getattr(owner, "__name__", type(owner).__name__))
         self._changes.append(".".join(part for part in (module, told, name) if part))
         setattr(owner, name, value)
-        self._undo.append(lambda: delattr(owner, name) if before is _ABSENT else setattr(owner, name, before))
+
+        def undo() -> None:
+            # A module that was reloaded has its own again, perhaps of other code.
+            if vars(owner).get(name, _ABSENT) is not value:
+                return
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        self._undo.append(undo)
 
     def set_item(self, mapping: MutableMapping[str, Any], key: str, value: Any) -> None:
         """Set ``mapping[key]``, which need not be there."""
@@ -48,7 +58,7 @@ class Patcher:
         self._undo.append(undo)
 
     def undo(self) -> None:
-        """Put everything back, last change first."""
+        """Put everything back, last change first; what somebody else has changed since stays as it is."""
         while self._undo:
             self._undo.pop()()
         self._changes.clear()

@@ -239,18 +239,25 @@ def _patch(modules: Mapping[str, Any], folder: Path, settings: Settings | None) 
     programs = _host_files.Programs(folder)
     _awd_lstm_torch.patch(_patcher, programs)
     _patch_model(modules["model"].RNNModel, programs)
-    weight_drop = modules["weight_drop"].WeightDrop
-    _patcher.set(weight_drop, "_setweights", _set_weights)
+    for weight_drop in _definitions(modules, "weight_drop", "WeightDrop"):
+        _patcher.set(weight_drop, "_setweights", _set_weights)
+        if settings is not None:
+            _patch_weight_drop(weight_drop, settings)
     if settings is None:
         return
-    _patch_weight_drop(weight_drop, settings)
-    _patch_locked_dropout(modules["locked_dropout"].LockedDropout, settings)
+    for locked_dropout in _definitions(modules, "locked_dropout", "LockedDropout"):
+        _patch_locked_dropout(locked_dropout, settings)
     # model.py has bound the function by name.
     embedded_dropout = _embedded_dropout(modules["embed_regularize"].embedded_dropout)
     for module in (modules["embed_regularize"], modules["model"]):
         _patcher.set(module, "embedded_dropout", embedded_dropout)
     _patch_loss(modules["splitcross"].SplitCrossEntropyLoss)
     _patch_lstm(settings)
+
+
+def _definitions(modules: Mapping[str, Any], module: str, name: str) -> set[Any]:
+    """A class of the host: the module's, and that which ``model`` has bound, another one after a reload."""
+    return {getattr(modules[module], name), getattr(modules["model"], name)}
 
 
 def _patch_model(model: Any, programs: Programs) -> None:

@@ -230,8 +230,7 @@ def _settings(
 
         if sampling not in SAMPLINGS:
             raise UsageError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
-    valid = recurrent_dropout is None or (isinstance(recurrent_dropout, (int, float)) and 0 <= recurrent_dropout < 1)
-    if not valid:
+    if recurrent_dropout is not None and not _is_probability(recurrent_dropout):
         raise UsageError(f"recurrent_dropout must be a number in [0, 1), got {recurrent_dropout!r}")
     if recurrent_dropout and mode != "nr_rh_st":
         raise UsageError(f"mode {mode} has no recurrent dropout; use nr_rh_st, or leave recurrent_dropout out")
@@ -240,6 +239,11 @@ def _settings(
             raise UsageError(f"mode random is torch's own dropout, case I; case {case} needs nr_st or nr_rh_st")
         return None
     return Settings(mode == "nr_rh_st", recurrent_dropout, case or "III", sampling, batch_first)
+
+
+def _is_probability(p: object) -> bool:
+    """It is a number in [0, 1)."""
+    return isinstance(p, (int, float)) and 0 <= p < 1
 
 
 @dataclass(frozen=True)
@@ -309,14 +313,12 @@ def _remembering(stock: Any) -> Any:
 def _dropout_forward(settings: Settings, stock: Any) -> Any:
     import torch
 
-    Dropout, Tensor = torch.nn.Dropout, torch.Tensor
-
     @functools.wraps(stock)
     def forward(self: nn.Dropout, input: Tensor) -> Any:
         # Case I is torch's own dropout.
-        if not self.training or type(self) is not Dropout or not 0 < self.p < 1 or settings.case == "I":
+        if not self.training or type(self) is not torch.nn.Dropout or not 0 < self.p < 1 or settings.case == "I":
             return stock(self, input)
-        if type(input) is not Tensor or input.dim() != 3 or not input.is_floating_point() or _is_captured():
+        if type(input) is not torch.Tensor or input.dim() != 3 or not input.is_floating_point() or _is_captured():
             return stock(self, input)
         batch_first = _batch_first(settings, input.shape[-1])
         return stock(self, input) if batch_first is None else _drop(self, input, int(batch_first), settings)
@@ -364,11 +366,9 @@ def _drop(module: nn.Dropout, input: Tensor, time_dim: int, settings: Settings) 
 def _lstm_forward(settings: Settings, stock: Any) -> Any:
     import torch
 
-    LSTM = torch.nn.LSTM
-
     @functools.wraps(stock)
     def forward(self: nn.LSTM, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> Any:
-        if not self.training or type(self) is not LSTM or self.proj_size or _is_captured():
+        if not self.training or type(self) is not torch.nn.LSTM or self.proj_size or _is_captured():
             return stock(self, input, hx)
         options = _lstm_options(self, input, settings)
         if options is None:
@@ -493,7 +493,7 @@ def _is_captured() -> bool:
     """torch records this call, to run something else in its place later."""
     import torch
 
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 @functools.cache

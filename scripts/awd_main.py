@@ -92,8 +92,12 @@ def check_files(script: str, arguments: list[str]) -> None:
         if resumed and not Path(resumed).is_file():
             raise UsageError(f"--resume: there is no {resumed}")
     written = host_launcher.value_of(arguments, "--outf" if script == "generate" else "--save")
-    if written and script != "pointer" and not os.access(Path(written).absolute().parent, os.W_OK):
+    if not written or script == "pointer":
+        return
+    if not os.access(Path(written).absolute().parent, os.W_OK):
         raise UsageError(f"{written}: {Path(written).absolute().parent} is no folder to write in")
+    if Path(written).is_dir():
+        raise UsageError(f"{written} is a folder, not a file to write")
 
 
 def has_gpu() -> bool:

@@ -92,11 +92,11 @@ def enter_program(path: Path, arguments: Sequence[str]) -> None:
 
 def value_of(arguments: Sequence[str], option: str) -> str | None:
     """The last value that the host's arguments give to ``--option``, as argparse reads it; None if there is none."""
-    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    given = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     given.add_argument(option, dest="value")
     try:
         value: str | None = given.parse_known_args(list(arguments))[0].value
-    except SystemExit:
+    except argparse.ArgumentError:
         raise UsageError(f"{option} needs a value") from None
     return value
 
@@ -111,10 +111,7 @@ def text_folder(folder: Path, names: Mapping[str, str]) -> Path:
     Raises:
         UsageError: a file is missing or empty.
     """
-    if all((folder / name).is_file() for name in names):
-        found = {name: folder / name for name in names}
-    else:
-        found = {name: folder / other for name, other in names.items()}
+    found = {name: folder / (name if (folder / name).is_file() else other) for name, other in names.items()}
     for name, path in found.items():
         if not path.is_file():
             raise UsageError(f"no training data in {folder}: neither {name} nor {path.name} is there")

@@ -1,5 +1,5 @@
-"""A small AWD-LSTM learns with structured dropout what it learns with its own: the same where nothing is dropped, and as
-well where units are. On the stand-in for fastai; fastai itself trains in tests/hosts/test_fastai_host.py.
+"""A small AWD-LSTM learns with structured dropout what it learns with its own: the same where nothing is dropped, and
+as well where units are. On the stand-in for fastai; fastai itself trains in tests/hosts/test_fastai_host.py.
 """
 
 from __future__ import annotations

@@ -211,7 +211,6 @@ def test_without_git(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert commit_of(tmp_path) == "unknown"
 
 
-@pytest.mark.xfail(reason="the second clone is moved into the first one", raises=AssertionError)
 def test_two_that_clone_at_once_share_one_clone(cache: Path, repository: Callable[..., Checkout]) -> None:
     host = repository()
     host.obtain()
@@ -220,7 +219,6 @@ def test_two_that_clone_at_once_share_one_clone(cache: Path, repository: Callabl
     assert sorted(path.name for path in folder.iterdir()) == [".git", "layer.py", "sub", "train.py"]
 
 
-@pytest.mark.xfail(reason="an OSError passes through", raises=OSError)
 def test_a_cache_that_cannot_be_written_says_what_to_do(cache: Path) -> None:
     cache.write_text("no folder")
     with pytest.raises(UsageError, match="SOME_HOST_DIR"):
