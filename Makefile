@@ -35,8 +35,11 @@ $(STAMP): pyproject.toml setup.py sd_plugin.pth sd_plugin.start constraints.txt
 demo: $(STAMP)  ## Train a small translator with structured dropout on the CPU, in minutes
 	$(BIN)/python scripts/demo.py
 
+# The kernels with several threads, one test after the other; then the rest in several processes of one thread, since most
+# of it is programs that the tests start. Exit status 5: PYTEST_ARGS selects nothing there.
 test: $(STAMP)  ## Run the tests (PYTEST_ARGS='-k name' selects some)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_ARGS) tests/kernels || test $$? -eq 5
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --ignore tests/kernels $(PYTEST_ARGS) || test $$? -eq 5
 
 # mypy knows neither the package mapping nor the import hook of an editable install, so it sees the sources
 # through a folder of links laid out as they are installed. Its messages are given the source paths back.
