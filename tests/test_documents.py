@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import subprocess
 import sys
@@ -44,6 +45,14 @@ def test_the_training_compared_in_the_readme_took_that_long() -> None:
     results = (ROOT / "benchmarks" / "results" / "README.md").read_text(encoding="utf-8")
     took = dict(re.findall(r"^\| \[multi30k_(\w+)\].* (\d+) \|$", results, re.MULTILINE))
     assert f"1,000 steps: {took['sd']}\nagainst {took['stock']} seconds" in README
+
+
+def test_the_epoch_compared_in_the_readme_took_that_long() -> None:
+    seconds = {}
+    for mode in ("nr_rh_st", "random"):
+        with (ROOT / "benchmarks" / "results" / "zaremba_medium" / f"{mode}.csv").open(encoding="utf-8") as file:
+            seconds[mode] = round(float(next(csv.DictReader(file))["seconds"]))
+    assert f"Penn Treebank: {seconds['nr_rh_st']} against {seconds['random']} seconds" in README
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:
