@@ -15,6 +15,7 @@ runs the program in question.
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -57,8 +58,7 @@ def _patch_cross_entropy(patcher: Patcher) -> None:
 
 
 def _patch_pointer(patcher: Patcher) -> None:
-    import utils
-
+    utils: Any = importlib.import_module("utils")
     stock: Callable[..., tuple[Tensor, Tensor]] = utils.get_batch
 
     @functools.wraps(stock)

@@ -46,7 +46,7 @@ class Checkout:
                 return f"{folder} is not a checkout of {self.name}: it has no {name}"
         for name, fingerprint in self.fingerprints.items():
             try:
-                text = (folder / name).read_text(encoding="utf-8")
+                text = (folder / name).read_text(encoding="utf-8-sig")
             except (OSError, UnicodeDecodeError) as error:
                 return f"{folder / name} cannot be read ({error.__class__.__name__})"
             found = difference(text, fingerprint)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
+from sd_plugin.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -34,6 +36,7 @@ class Host:
         located: how to show the plugin where it is, in words.
         find: looks for it with these environment variables, importing nothing of it.
         enabled: it is patched in this process.
+        refuses: why a mode, case and recurrent dropout from the environment are not for it; None if they are.
     """
 
     name: str
@@ -43,11 +46,21 @@ class Host:
     located: str
     find: Callable[[Mapping[str, str]], list[Finding]]
     enabled: Callable[[], bool]
+    refuses: Callable[[str, str | None, float | None], str | None] = lambda mode, case, recurrent_dropout: None
 
     @property
     def target(self) -> str:
         """Its name in ``SD_PLUGIN_TARGETS``."""
         return "torch" if self.name == "torch_nn" else self.name
+
+
+def refusal(check: Callable[..., object], *arguments: object) -> str | None:
+    """The text of the UsageError that ``check`` raises for these arguments; None if it raises none."""
+    try:
+        check(*arguments)
+    except UsageError as error:
+        return str(error)
+    return None
 
 
 def find_distribution(name: str, problem: Callable[[str], str | None]) -> list[Finding]:

@@ -9,6 +9,7 @@ import errno
 import functools
 import io
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -64,6 +65,13 @@ class AtomicWriter(io.BufferedWriter):
         # Another process that saves to the same name must not write into this one's file.
         self._partial = f"{self._target}.partial-{os.getpid()}"
         super().__init__(io.FileIO(self._partial, "w"))
+        if os.path.exists(self._target):
+            shutil.copymode(self._target, self._partial)
+
+    def __del__(self) -> None:
+        # Nobody said that it is complete.
+        if not self.closed:
+            self.discard()
 
     def __exit__(self, kind: Any, *rest: Any) -> None:
         if kind is None:

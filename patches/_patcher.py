@@ -6,6 +6,8 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 _ABSENT = object()
+#: Values whose patch was undone while another patch's lay above them, by identity: the value, and what was before it.
+_buried: dict[int, tuple[Any, Any]] = {}
 
 
 class Patcher:
@@ -33,13 +35,17 @@ class Patcher:
         setattr(owner, name, value)
 
         def undo() -> None:
-            # A module that was reloaded has its own again, perhaps of other code.
+            # Another patch's is above it, or a module that was reloaded has its own again.
             if vars(owner).get(name, _ABSENT) is not value:
+                _buried[id(value)] = (value, before)
                 return
-            if before is _ABSENT:
+            restored = before
+            while id(restored) in _buried:
+                restored = _buried.pop(id(restored))[1]
+            if restored is _ABSENT:
                 delattr(owner, name)
             else:
-                setattr(owner, name, before)
+                setattr(owner, name, restored)
 
         self._undo.append(undo)
 

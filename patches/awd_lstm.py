@@ -37,7 +37,7 @@ from sd_plugin.errors import UsageError
 
 from ._checkout import Checkout
 from ._fingerprint import Function
-from ._host import Finding, Host
+from ._host import Finding, Host, refusal
 from ._patcher import Patcher
 from ._settings import Settings, checked
 
@@ -91,6 +91,9 @@ ORDINARY_NAMES = ("data", "model")
 MODULES = ("data", "embed_regularize", "locked_dropout", "weight_drop", "model", "splitcross")
 
 
+_patcher = Patcher()
+
+
 def _find(environ: Mapping[str, str]) -> list[Finding]:
     return CHECKOUT.find(environ)
 
@@ -103,9 +106,8 @@ HOST = Host(
     located=f"run in its checkout, or named by {CHECKOUT.variable}",
     find=_find,
     enabled=lambda: bool(_patcher),
+    refuses=lambda mode, case, recurrent: refusal(checked, mode, case, "exact", "II"),
 )
-
-_patcher = Patcher()
 
 
 class Places:
@@ -133,6 +135,10 @@ class Places:
     def dropout(self) -> str:
         """The place of the dropout that is called now."""
         return self._dropouts.pop() if self._dropouts else "locked_dropout"
+
+    def knows(self, module: Any) -> bool:
+        """It is a recurrent layer of the host's model."""
+        return module in self._rnns
 
     def rnn(self, module: Any) -> str:
         """The place of a recurrent layer."""
@@ -296,8 +302,9 @@ def _dropped_weight(self: Any, name: str) -> Tensor:
 
     raw: Tensor = getattr(self.module, f"{name}_raw")
     if self.variational:
-        rows = raw.new_ones(raw.shape[0], 1)
-        return torch.nn.functional.dropout(rows, p=self.dropout, training=True).expand_as(raw) * raw
+        rows = torch.nn.functional.dropout(raw.new_ones(raw.shape[0], 1), p=self.dropout, training=True)
+        whole: Tensor = rows.expand_as(raw) * raw
+        return whole
     weight = torch.nn.functional.dropout(raw, p=self.dropout, training=self.training)
     return raw.view_as(raw) if weight is raw else weight
 
@@ -315,10 +322,9 @@ def _patch_weight_drop(weight_drop: Any, settings: Settings) -> None:
         if type(self.module) is not torch.nn.LSTM:
             return stock(self, *args)
         # Dropping units of h_{t-1} takes the place of dropping weights that it is multiplied with.
-        units = [name for name in self.weights if settings.recurrent and name.startswith("weight_hh")]
+        units = settings.recurrent and _drops_recurrent_weights(self)
         weights = {
-            name: getattr(self.module, f"{name}_raw") if name in units else _dropped_weight(self, name)
-            for name in self.weights
+            name: getattr(self.module, f"{name}_raw") if units else _dropped_weight(self, name) for name in self.weights
         }
         if not self.training:
             return stock_lstm(self.module, weights).forward(*args)
@@ -326,6 +332,12 @@ def _patch_weight_drop(weight_drop: Any, settings: Settings) -> None:
         return structured(self.module, weights, **options).forward(*args)
 
     _patcher.set(weight_drop, "forward", forward)
+
+
+def _drops_recurrent_weights(self: Any) -> bool:
+    """A ``WeightDrop`` of the recurrent weights and no others, in each layer of its LSTM."""
+    layers = {f"weight_hh_l{layer}" for layer in range(self.module.num_layers)}
+    return {name.removesuffix("_reverse") for name in self.weights} == layers and 0 <= self.dropout < 1
 
 
 def _patch_locked_dropout(locked_dropout: Any, settings: Settings) -> None:
@@ -357,7 +369,7 @@ def _embedded_dropout(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         mask = weight.data.new_empty(weight.shape[0], 1).bernoulli_(1 - dropout) / (1 - dropout)
         # The host's own stand-in for no padding is the last word, which then gets no gradient here.
         padding = -1 if embed.padding_idx is None else embed.padding_idx
-        rows = torch.nn.functional.embedding(
+        rows: Tensor = torch.nn.functional.embedding(
             words, weight, padding, None, embed.norm_type, embed.scale_grad_by_freq, embed.sparse
         )
         return rows * mask[words]
@@ -369,7 +381,7 @@ def _patch_loss(loss: Any) -> None:
     from sd_plugin import functional
     from sd_plugin.loss import FusedCrossEntropyLoss
 
-    stock = loss.forward
+    stock: Callable[..., Tensor] = loss.forward
     of_rows = FusedCrossEntropyLoss(reduction="none")
 
     @functools.wraps(stock)
@@ -380,8 +392,8 @@ def _patch_loss(loss: Any) -> None:
         if self.nsplits > 1 or self.verbose or verbose:
             return stock(self, weight, bias, hiddens, targets, verbose)
         rows = hiddens.view(-1, hiddens.size(2)) if hiddens.dim() > 2 else hiddens
-        logits = functional.linear(rows, weight, bias)
-        return (of_rows(logits, targets).float().sum() / len(targets)).type_as(weight)
+        losses: Tensor = of_rows(functional.linear(rows, weight, bias), targets)
+        return (losses.float().sum() / len(targets)).type_as(weight)
 
     _patcher.set(loss, "forward", forward)
 
@@ -397,8 +409,8 @@ def _patch_lstm(settings: Settings) -> None:
 
     @functools.wraps(stock)
     def forward(self: nn.LSTM, input: Any, hx: Any = None) -> Any:
-        hinted = type(self) is torch.nn.LSTM and self.training and hints.lookup(input) is not None
-        if not hinted:
+        # The host's own, not every LSTM of the process.
+        if not (_places.knows(self) and self.training and hints.lookup(input) is not None):
             return stock(self, input, hx)
         return structured(self, **settings.lstm(0.0, _places.rnn(self))).forward(input, hx)
 

@@ -27,16 +27,16 @@ import os
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from sd_plugin._environment import CASES, MODES, read_case, read_switch
+from sd_plugin._environment import read_case, read_switch
 from sd_plugin.errors import UsageError
 
 from ._fingerprint import Fingerprint, Function, difference, source_of
-from ._host import Finding, Host, find_distribution
+from ._host import Finding, Host, find_distribution, refusal
 from ._patcher import Patcher
+from ._settings import Settings, checked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -88,32 +88,10 @@ HOST = Host(
     located="installed beside sd-plugin",
     find=_find,
     enabled=lambda: bool(_patcher),
+    refuses=lambda mode, case, recurrent_dropout: (
+        "mode random leaves fastai as it is" if mode == "random" else refusal(checked, mode, case, "exact", "II")
+    ),
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How units are dropped.
-
-    Attributes:
-        recurrent: units of the recurrent state, instead of weights.
-        case: of the paper's Fig. 1.
-        sampling: of the structured cases.
-    """
-
-    recurrent: bool
-    case: str
-    sampling: str
-
-    def lstm(self, recurrent_dropout: float, site: str) -> dict[str, Any]:
-        """Options of a `StructuredDropoutLSTM` for one call."""
-        return {
-            "recurrent_dropout": recurrent_dropout,
-            "mode": "nr_rh_st" if self.case in ("III", "IV") else "random",
-            "locked": self.case in ("II", "IV"),
-            "sampling": self.sampling,
-            "site": site,
-        }
 
 
 #: Names for the report, of modules that have been called.
@@ -140,7 +118,7 @@ def enable(mode: str = "nr_rh_st", case: str | None = None, sampling: str = "exa
         UsageError: an argument is not valid, or this fastai is not one that can be patched. Nothing is patched then.
         ImportError: fastai is not installed.
     """
-    settings = _settings(mode, case, sampling)
+    settings = checked(mode, case, sampling, own_case="II")
     modules = {name: importlib.import_module(name) for name in FINGERPRINTS}
     problem = _problem(modules)
     if problem is not None:
@@ -164,23 +142,6 @@ def disable() -> None:
     """Give fastai's classes their own behaviour back."""
     _patcher.undo()
     _places.clear()
-
-
-def _settings(mode: str, case: str | None, sampling: str) -> Settings | None:
-    """None for the host's own dropout."""
-    from sd_plugin.patterns import SAMPLINGS
-
-    if mode not in MODES:
-        raise UsageError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
-    if case is not None and case not in CASES:
-        raise UsageError(f"case must be one of {', '.join(CASES)}, got {case!r}")
-    if sampling not in SAMPLINGS:
-        raise UsageError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
-    if mode == "random":
-        if case not in (None, "II"):
-            raise UsageError(f"mode random is the host's own dropout, case II; case {case} needs nr_st or nr_rh_st")
-        return None
-    return Settings(mode == "nr_rh_st", case or "III", sampling)
 
 
 def _problem(modules: Mapping[str, ModuleType]) -> str | None:

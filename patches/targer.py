@@ -35,7 +35,7 @@ from sd_plugin.errors import UsageError
 
 from ._checkout import Checkout
 from ._fingerprint import Function
-from ._host import Host
+from ._host import Host, refusal
 from ._patcher import Patcher
 from ._settings import check
 
@@ -111,6 +111,7 @@ HOST = Host(
     located=f"run in its checkout, or named by {CHECKOUT.variable}",
     find=CHECKOUT.find,
     enabled=lambda: bool(_patcher),
+    refuses=lambda mode, case, recurrent_dropout: refusal(Settings.of, mode, case, recurrent_dropout),
 )
 
 

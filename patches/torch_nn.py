@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any
 from sd_plugin._environment import CASES, MODES, read_case, read_recurrent_dropout, read_switch
 from sd_plugin.errors import UsageError
 
-from ._host import Finding, Host, find_distribution
+from ._host import Finding, Host, find_distribution, refusal
 from ._patcher import Patcher
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ HOST = Host(
     located="asked for with SD_PLUGIN_TARGETS=torch",
     find=_find,
     enabled=lambda: bool(_patcher),
+    refuses=lambda mode, case, recurrent_dropout: (
+        "mode random leaves torch as it is"
+        if mode == "random"
+        else refusal(_settings, mode, case, "exact", recurrent_dropout, None)
+    ),
 )
 
 
@@ -433,7 +438,7 @@ def _addmm(stock: Any) -> Any:
 def _has_hint(x: Any) -> bool:
     import torch
 
-    return type(x) is torch.Tensor and not torch.compiler.is_compiling() and _lookup()(x) is not None
+    return type(x) is torch.Tensor and not _is_compiling() and _lookup()(x) is not None
 
 
 def _are_ordinary(weight: Any, bias: Any) -> bool:
@@ -493,7 +498,15 @@ def _is_captured() -> bool:
     """torch records this call, to run something else in its place later."""
     import torch
 
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return _is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def _is_compiling() -> bool:
+    import torch
+
+    # torch 2.2 has it there only.
+    has_name = hasattr(torch.compiler, "is_compiling")
+    return torch.compiler.is_compiling() if has_name else torch._utils.is_compiling()
 
 
 @functools.cache

@@ -33,6 +33,7 @@ def main() -> int:
     parser = host_launcher.parser("awd_main.py", (__doc__ or "").split("\n\n")[0], CHECKOUT, "--awd-dir")
     parser.add_argument("--script", default="main", metavar="NAME", help=f"{', '.join(SCRIPTS)} (default main)")
     options, arguments = parser.parse_known_args()
+    host_launcher.check_environment(options.sd is not None)
     host_launcher.check_choice("--sd", options.sd, MODES)
     host_launcher.check_choice("--sd-case", options.sd_case, CASES)
     host_launcher.check_choice("--script", options.script, SCRIPTS)
@@ -47,6 +48,7 @@ def main() -> int:
         settings = "mode random, the host's own dropout" if mode == "random" else f"mode {mode}"
         host_launcher.tell_dry_run("awd-lstm-lm", folder, settings, awd_lstm.changes())
         return 0
+    host_launcher.check_known(arguments, program)
     arguments = complete(options.script, arguments, folder)
     if options.sd:
         os.environ.setdefault(host_launcher.REPORT_VARIABLE, "1")

@@ -1,6 +1,7 @@
 """What the launchers of checked-out hosts share: finding the checkout, its data, and running one of its programs."""
 
 import argparse
+import ast
 import builtins
 import hashlib
 import os
@@ -9,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from sd_plugin._environment import CASES, MODES
+from sd_plugin._environment import CASES, MODES, TARGETS_VARIABLE, VARIABLE, read_switch
 from sd_plugin.errors import UsageError
 from sd_plugin.patches._checkout import Checkout, commit_of
 
@@ -19,7 +20,7 @@ REPORT_VARIABLE = "SD_PLUGIN_REPORT"
 def parser(program: str, description: str, checkout: Checkout, folder_option: str) -> argparse.ArgumentParser:
     """A parser with the options that every launcher has; what it does not know is the host's.
 
-    argparse, because ``--sd`` takes its value only after an equals sign or not at all.
+    argparse, because ``--sd`` may have a value or none.
     """
     made = argparse.ArgumentParser(
         prog=program,
@@ -51,6 +52,35 @@ def check_choice(name: str, value: str | None, valid: Sequence[str]) -> None:
     """Raise UsageError unless ``value`` is None or one of ``valid``."""
     if value is not None and value not in valid:
         raise UsageError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
+
+
+def check_environment(structured: bool) -> None:
+    """Raise UsageError if ``SD_PLUGIN`` and its targets contradict the command line, which would be patched by both."""
+    switch = read_switch(os.environ)
+    if structured and not switch.enabled:
+        raise UsageError(f"--sd, but {VARIABLE}={os.environ[VARIABLE]} switches the plugin off")
+    if switch.replaces("torch"):
+        raise UsageError(f"{TARGETS_VARIABLE} names torch, which would be patched too: run without {VARIABLE}")
+
+
+def host_options(program: Path) -> set[str]:
+    """The options of the host's program, read from its text."""
+    calls = (node for node in ast.walk(ast.parse(program.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    added = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument")
+    given = (argument.value for call in added for argument in call.args if isinstance(argument, ast.Constant))
+    return {value for value in given if isinstance(value, str) and value.startswith("-")}
+
+
+def check_known(arguments: Sequence[str], program: Path) -> None:
+    """Raise UsageError for an option that the host's program does not know.
+
+    Abbreviations, which the host would take, are refused too: what one stands for could not be looked at.
+    """
+    known = host_options(program)
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            raise UsageError(f"unknown option {name}: neither of this program nor of {program}")
 
 
 def told_in_one_line(main: Callable[[], int]) -> int:

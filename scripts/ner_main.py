@@ -13,7 +13,6 @@ installed. Exit status: 0 good, 1 the two disagree, 2 wrong use.
 """
 
 import argparse
-import ast
 import importlib.util
 import json
 import os
@@ -99,25 +98,13 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def host_options(program: Path) -> set[str]:
-    """The options of the host's program, read from its text."""
-    calls = (node for node in ast.walk(ast.parse(program.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-    added = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument")
-    given = (argument.value for call in added for argument in call.args if isinstance(argument, ast.Constant))
-    return {value for value in given if isinstance(value, str) and value.startswith("-")}
-
-
 def check_options(options: argparse.Namespace, rest: Sequence[str], program: Path) -> None:
     """Refuse what can be known to fail, or to have no effect.
 
     Raises:
         UsageError: what is wrong, in one line.
     """
-    known = host_options(program)
-    for argument in rest:
-        # Abbreviations, which the host would take, are refused too: a file in one could not be found.
-        if argument.startswith("--") and argument.partition("=")[0] not in known:
-            raise UsageError(f"unknown option {argument.partition('=')[0]}: neither of this program nor of {program}")
+    host_launcher.check_known(rest, program)
     for name, value, needed in (
         ("--data-io", options.data_io, "connl-ner-2003"),
         ("--evaluator", options.evaluator, "f1-connl"),
@@ -145,10 +132,9 @@ def settings_of(options: argparse.Namespace) -> targer.Settings | None:
     Raises:
         UsageError: an option is not valid, or has no effect without ``--sd``.
     """
+    host_launcher.check_environment(options.sd is not None)
     host_launcher.check_choice("--sd", options.sd, MODES)
     if options.sd is not None:
-        if not read_switch(os.environ).enabled:
-            raise UsageError(f"--sd, but {VARIABLE}={os.environ[VARIABLE]} switches the plugin off")
         return targer.Settings.of(options.sd, options.sd_case, options.sd_recurrent_dropout)
     for name, value in (("--sd-case", options.sd_case), ("--sd-recurrent-dropout", options.sd_recurrent_dropout)):
         if value is not None:

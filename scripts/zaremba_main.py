@@ -53,6 +53,7 @@ from sd_plugin import (
     UsageError,
     stats,
 )
+from sd_plugin._environment import TARGETS_VARIABLE, VARIABLE, read_switch
 from sd_plugin.lstm import MODES
 
 State = tuple[Tensor, Tensor]
@@ -279,6 +280,9 @@ def main(
 ) -> None:
     """Train a language model with structured dropout, and measure its perplexity."""
     try:
+        if read_switch(os.environ).replaces("torch"):
+            # Mode random, the baseline, would be structured without a word.
+            raise UsageError(f"{TARGETS_VARIABLE} names torch, and {VARIABLE} would patch this program: unset it")
         given = {"mode": mode, "data": data, "seed": seed}
         named = {key: value for key, value in given.items() if value is not None}
         settings = read_settings(config, {**parse_changes(changes or []), **named})

@@ -41,7 +41,8 @@ Or one of its own commands (each has a --help):
   to-stock  make a checkpoint of sd_rnn or sd_brnn one that OpenNMT-py reads without this plugin
 
 The environment variable SD_PLUGIN says what the hook may do: 0 nothing; unset: add new names to the hosts;
-1: replace the hosts' dropout too, or one of random, nr_st, nr_rh_st to say by which mode.
+1: replace the hosts' dropout too, or one of random, nr_st, nr_rh_st to say by which mode. SD_PLUGIN_TARGETS names the
+hosts it speaks of; all but torch (any program on torch.nn) otherwise.
 
 An installed sd-plugin hooks itself into every Python of its environment, and this command is not needed. It
 is where start-up files are not read: after `pip install --target`, and under `python -S`. Child processes

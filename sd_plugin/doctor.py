@@ -34,12 +34,12 @@ VARIABLES = {
     VARIABLE: f"0: off; not set: only adds names to OpenNMT-py; 1 or a mode ({', '.join(MODES)}): patches the hosts",
     TARGETS_VARIABLE: f"which hosts {VARIABLE} speaks of, of {', '.join(TARGETS)}; not set: all but torch",
     CASE_VARIABLE: f"how units are dropped, of {', '.join(CASES)} (Fig. 1 of the paper); not set: III",
-    RECURRENT_VARIABLE: "recurrent dropout for target torch; not set: that of the dropout around the LSTM",
+    RECURRENT_VARIABLE: "recurrent dropout for targets torch and targer; not set: that of the dropout around the LSTM",
     "SD_PLUGIN_BACKEND": "auto (default), or forces a backend",
     "SD_PLUGIN_REPORT": "1: counters of what was dropped and skipped, when a program ends",
     "SD_PLUGIN_CXX": "the compiler of the CPU backend; not set: CXX, g++ or c++",
     "SD_PLUGIN_CPU_ISA": "avx512, avx2 or portable, instead of the most the machine has",
-    "SD_PLUGIN_CACHE": "where compiled libraries and cloned hosts are kept; not set: ~/.cache/sd-plugin",
+    "SD_PLUGIN_CACHE": "where compiled libraries and cloned hosts are kept; not set: in XDG_CACHE_HOME or ~/.cache",
     "AWD_LSTM_DIR": "a checkout of salesforce/awd-lstm-lm",
     "TARGER_DIR": "a checkout of achernodub/targer",
 }
@@ -131,6 +131,9 @@ def _verdict(host: Host, finding: Finding, environ: Mapping[str, str], switch: S
     problem = None if additive else _problem(environ)
     if problem is not None:
         return False, problem
+    refused = host.refuses(switch.mode or "nr_rh_st", read_case(environ), read_recurrent_dropout(environ))
+    if refused is not None:
+        return False, refused
     if not _autoload.is_installed():
         return False, _hook()["why"]
     return True, f"mode {switch.mode or 'nr_rh_st'}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
+from .._environment import TARGETS_VARIABLE, VARIABLE, read_switch
 from ..errors import UsageError
 
 EXTRA = "sd-plugin bench needs typer and rich: pip install 'sd-plugin[bench]'"
@@ -15,6 +17,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UsageError: an argument is not valid, or what it needs is not installed.
     """
+    if read_switch(os.environ).replaces("torch"):
+        raise UsageError(f"{TARGETS_VARIABLE} names torch, and {VARIABLE} would patch the stock column: unset it")
     try:
         import rich  # noqa: F401
         import typer  # noqa: F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +45,29 @@ def test_undo_restores_a_class(changes: list[tuple[str, int]]) -> None:
     assert host.static() == "static"
     assert host().made() == "Host"
     assert not patcher
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_patches_may_be_undone_in_any_order(first: int) -> None:
+    class Host:
+        def value(self) -> int:
+            return 0
+
+    before, patchers = Host.value, [Patcher(), Patcher()]
+    for patcher in patchers:
+        patcher.set(Host, "value", lambda self, stock=Host.value: stock(self) + 1)
+    assert Host().value() == 2
+    patchers[first].undo()
+    patchers[1 - first].undo()
+    assert Host.value is before
+
+
+def test_what_has_changed_since_stays() -> None:
+    host, patcher = fresh(), Patcher()
+    patcher.set(host, "value", 3)
+    host.value = 4
+    patcher.undo()
+    assert host.value == 4
 
 
 @given(

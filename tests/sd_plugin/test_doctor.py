@@ -66,6 +66,12 @@ def test_the_text_names_the_same():
         ({"SD_PLUGIN": "nr_st", "SD_PLUGIN_TARGETS": "torch"}, True, "mode nr_st"),
         ({"SD_PLUGIN": "0", "SD_PLUGIN_TARGETS": "torch"}, False, "SD_PLUGIN switches everything off"),
         ({"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "torch", "SD_PLUGIN_CASE": "V"}, False, "is no case"),
+        ({"SD_PLUGIN": "random", "SD_PLUGIN_TARGETS": "torch"}, False, "leaves torch as it is"),
+        (
+            {"SD_PLUGIN": "nr_st", "SD_PLUGIN_TARGETS": "torch", "SD_PLUGIN_RECURRENT_DROPOUT": "0.3"},
+            False,
+            "nr_st has no recurrent dropout",
+        ),
     ],
 )
 def test_whether_and_why_a_program_on_torch_is_patched(environ, patched, why):

@@ -1,4 +1,3 @@
-# ruff: noqa: I001 - whose module data is depends on whether there is a folder of that name
 """Stand-in: goes on with the averaged model. As old as the host's: of a torch whose losses had one dimension."""
 
 import sys

@@ -1,4 +1,3 @@
-# ruff: noqa: I001 - whose module data is depends on whether there is a folder of that name
 """Stand-in: writes text by the model, which it takes to return logits."""
 
 import argparse

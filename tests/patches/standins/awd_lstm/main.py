@@ -1,4 +1,3 @@
-# ruff: noqa: I001 - whose module data is depends on whether there is a folder of that name
 """Stand-in: trains the model, with SGD and then its average."""
 
 import hashlib

@@ -1,4 +1,3 @@
-# ruff: noqa: I001 - whose module data is depends on whether there is a folder of that name
 """Stand-in: the model with a pointer into the words before. Of a torch whose numbers were tensors of one dimension."""
 
 import argparse
