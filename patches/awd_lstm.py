@@ -372,7 +372,8 @@ def _embedded_dropout(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
         rows: Tensor = torch.nn.functional.embedding(
             words, weight, padding, None, embed.norm_type, embed.scale_grad_by_freq, embed.sparse
         )
-        return rows * mask[words]
+        kept: Tensor = mask[words]
+        return rows * kept
 
     return embedded_dropout
 
