@@ -10,7 +10,7 @@
 
 In mode ``random`` nothing of that changes, and ``nr_st`` keeps fastai's weight dropout, with the kept units of its
 input. Units are dropped with the probability ``weight_p``, in both directions of a bidirectional LSTM, of whose
-backward one fastai drops no weights. Layers that are no `nn.LSTM`, tensors of a subclass (a `Learner` casts them to
+backward one fastai drops no weights. Layers that are no `nn.LSTM`, activations of a subclass (a `Learner` casts them to
 `torch.Tensor` first) and evaluation are fastai's own.
 
 Emitted states stay undropped, so that what `RNNCallback` keeps and `RNNRegularizer` penalises is what it was. Nothing
@@ -226,7 +226,7 @@ def _patch_embedding_dropout(awd_lstm: Any) -> None:
     @functools.wraps(stock)
     def forward(self: Any, words: Tensor, scale: Any = None) -> Any:
         emb = self.emb
-        if not self.training or not 0 < self.embed_p < 1 or type(words) is not torch.Tensor:
+        if not self.training or not 0 < self.embed_p < 1:
             return stock(self, words, scale)
         # Renormalised or rescaled rows depend on the whole dropped table, and sparse gradients are of another kind.
         if type(emb) is not torch.nn.Embedding or scale or emb.max_norm is not None or emb.sparse:

@@ -24,6 +24,8 @@ from sd_plugin.patches.awd_lstm import CHECKOUT
 SCRIPTS = ("main", "finetune", "generate", "pointer")
 #: The file that each program reads a trained model from: its option, and the program's default.
 MODELS = {"finetune": ("--save", None), "generate": ("--checkpoint", "model.pt"), "pointer": ("--save", "best.pt")}
+#: The host's options that name files.
+FILE_OPTIONS = ("--data", "--save", "--resume", "--checkpoint", "--outf")
 #: The host's file names -> those of scripts/get_data.py.
 CORPUS = {f"{part}.txt": f"ptb.{part}.txt" for part in ("train", "valid", "test")}
 
@@ -48,7 +50,6 @@ def main() -> int:
         settings = "mode random, the host's own dropout" if mode == "random" else f"mode {mode}"
         host_launcher.tell_dry_run("awd-lstm-lm", folder, settings, awd_lstm.changes())
         return 0
-    host_launcher.check_known(arguments, program)
     arguments = complete(options.script, arguments, folder)
     if options.sd:
         os.environ.setdefault(host_launcher.REPORT_VARIABLE, "1")
@@ -59,8 +60,13 @@ def complete(script: str, arguments: list[str], folder: Path) -> list[str]:
     """The host's arguments with its data found, after a look at what would fail only later.
 
     Raises:
-        UsageError: data or a model are missing, or the folder to save in.
+        UsageError: data or a model are missing, or the folder to save in; or one of them is named by an abbreviation,
+            which the host would take, and this program not see.
     """
+    for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
+        whole = next((option for option in FILE_OPTIONS if option != name and option.startswith(name)), None)
+        if whole is not None:
+            raise UsageError(f"{name}: write {whole} in full")
     arguments = [*arguments, "--data", str(find_data(arguments, folder))]
     if script in MODELS:
         option, default = MODELS[script]

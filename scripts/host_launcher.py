@@ -1,7 +1,6 @@
 """What the launchers of checked-out hosts share: finding the checkout, its data, and running one of its programs."""
 
 import argparse
-import ast
 import builtins
 import hashlib
 import os
@@ -61,26 +60,6 @@ def check_environment(structured: bool) -> None:
         raise UsageError(f"--sd, but {VARIABLE}={os.environ[VARIABLE]} switches the plugin off")
     if switch.replaces("torch"):
         raise UsageError(f"{TARGETS_VARIABLE} names torch, which would be patched too: run without {VARIABLE}")
-
-
-def host_options(program: Path) -> set[str]:
-    """The options of the host's program, read from its text."""
-    calls = (node for node in ast.walk(ast.parse(program.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
-    added = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument")
-    given = (argument.value for call in added for argument in call.args if isinstance(argument, ast.Constant))
-    return {value for value in given if isinstance(value, str) and value.startswith("-")}
-
-
-def check_known(arguments: Sequence[str], program: Path) -> None:
-    """Raise UsageError for an option that the host's program does not know.
-
-    Abbreviations, which the host would take, are refused too: what one stands for could not be looked at.
-    """
-    known = host_options(program)
-    for argument in arguments:
-        name = argument.partition("=")[0]
-        if name.startswith("--") and name not in known:
-            raise UsageError(f"unknown option {name}: neither of this program nor of {program}")
 
 
 def told_in_one_line(main: Callable[[], int]) -> int:

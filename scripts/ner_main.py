@@ -13,6 +13,7 @@ installed. Exit status: 0 good, 1 the two disagree, 2 wrong use.
 """
 
 import argparse
+import ast
 import importlib.util
 import json
 import os
@@ -98,13 +99,33 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def host_options(program: Path) -> set[str]:
+    """The options of the host's program, read from its text."""
+    calls = (node for node in ast.walk(ast.parse(program.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    added = (call for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument")
+    given = (argument.value for call in added for argument in call.args if isinstance(argument, ast.Constant))
+    return {value for value in given if isinstance(value, str) and value.startswith("-")}
+
+
+def check_known(arguments: Sequence[str], program: Path) -> None:
+    """Raise UsageError for an option that the host's program does not know.
+
+    Abbreviations, which the host would take, are refused too: what one stands for could not be looked at.
+    """
+    known = host_options(program)
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        if name.startswith("--") and name not in known:
+            raise UsageError(f"unknown option {name}: neither of this program nor of {program}")
+
+
 def check_options(options: argparse.Namespace, rest: Sequence[str], program: Path) -> None:
     """Refuse what can be known to fail, or to have no effect.
 
     Raises:
         UsageError: what is wrong, in one line.
     """
-    host_launcher.check_known(rest, program)
+    check_known(rest, program)
     for name, value, needed in (
         ("--data-io", options.data_io, "connl-ner-2003"),
         ("--evaluator", options.evaluator, "f1-connl"),

@@ -338,6 +338,7 @@ def test_evaluation_is_fastais_own(fastai: Any) -> None:
         (lambda f: f.WeightDropout(nn.GRU(16, 16, batch_first=True), 0.5), torch.ones(4, 6, 16)),
         (lambda f: f.WeightDropout(nn.LSTM(16, 16), 0.5), torch.ones(4, 6, 16).as_subclass(Marked)),
         (lambda f: f.WeightDropout(nn.LSTM(16, 16), 0.0), torch.ones(4, 6, 16)),
+        (lambda f: f.WeightDropout(nn.LSTM(16, 16), 1.0), torch.ones(4, 6, 16)),
         (lambda f: f.WeightDropout(nn.LSTM(16, 16), 0.5, "weight_ih_l0"), torch.ones(4, 6, 16)),
         (lambda f: f.WeightDropout(nn.LSTM(16, 16, 2), 0.5, "weight_hh_l0"), torch.ones(4, 6, 16)),
         (lambda f: f.WeightDropout(nn.LSTM(16, 16), 0.5, ["weight_hh_l0", "weight_ih_l0"]), torch.ones(4, 6, 16)),
@@ -346,8 +347,8 @@ def test_evaluation_is_fastais_own(fastai: Any) -> None:
         (lambda f: f.LinearDecoder(9, 16, 0.0), torch.ones(4, 6, 16)),
     ],
     ids=[
-        "2-D", "4-D", "tensor subclass", "p=0", "GRU", "LSTM of a tensor subclass", "LSTM, p=0", "input weights",
-        "one layer of two", "both weights", "max_norm", "words of a tensor subclass", "decoder, p=0",
+        "2-D", "4-D", "tensor subclass", "p=0", "GRU", "LSTM of a tensor subclass", "LSTM, p=0", "LSTM, p=1",
+        "input weights", "one layer of two", "both weights", "max_norm", "words of a tensor subclass", "decoder, p=0",
     ],
 )  # fmt: skip
 def test_other_modules_are_fastais_own(fastai: Any, make: Any, x: Tensor) -> None:

@@ -314,7 +314,7 @@ def refused(*arguments: object, cwd: Path, **changes: str) -> str:
         (["--sd=nr"], "--sd must be one of random, nr_st, nr_rh_st, got 'nr'"),
         (["--sd="], "--sd must be one of random, nr_st, nr_rh_st, got ''"),
         (["--sd", "--sd-case", "V"], "--sd-case must be one of I, II, III, IV, got 'V'"),
-        (["--dat", "mine"], "unknown option --dat: neither of this program nor of"),
+        (["--dat", "mine"], "--dat: write --data in full"),
         (["--script", "train"], "--script must be one of main, finetune, generate, pointer, got 'train'"),
         (["--data", "nowhere"], "no training data: looked in nowhere; python scripts/get_data.py ptb makes data/ptb"),
         (["--data"], "--data needs a value"),

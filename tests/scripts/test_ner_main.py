@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import host_launcher
 import ner_data
+import ner_main
 import ner_scores
 import pytest
 import torch
@@ -522,4 +522,4 @@ def test_checkout_is_found_by_its_variable(launch: Launch, checkout: Path) -> No
 def test_options_are_read_from_the_hosts_text(tmp_path: Path) -> None:
     path = tmp_path / "main.py"
     path.write_text("parser.add_argument('--a', '-b', default='--no')\nother.add('--c')\nparser.add_argument('d')\n")
-    assert host_launcher.host_options(path) == {"--a", "-b"}
+    assert ner_main.host_options(path) == {"--a", "-b"}
