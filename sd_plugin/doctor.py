@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
@@ -55,7 +56,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(list(argv))
     found = examine(os.environ)
-    print(json.dumps(found, indent=2) if options.json else render(found))
+    try:
+        print(json.dumps(found, indent=2) if options.json else render(found), flush=True)
+    except BrokenPipeError:
+        # Whoever reads it (`| head`) has seen enough; the interpreter must not flush to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
