@@ -49,6 +49,7 @@ from typing import TYPE_CHECKING, Any
 from sd_plugin._environment import CASES, MODES, read_case, read_recurrent_dropout, read_switch
 from sd_plugin.errors import UsageError
 
+from . import _settings as shared_settings
 from ._host import Finding, Host, find_distribution, refusal
 from ._patcher import Patcher
 
@@ -92,32 +93,16 @@ HOST = Host(
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(shared_settings.Settings):
     """How units are dropped.
 
     Attributes:
-        recurrent: units of the recurrent state too.
-        recurrent_dropout: their probability; None for that of the dropout around the LSTM.
-        case: of the paper's Fig. 1.
-        sampling: of the structured cases.
+        recurrent_dropout: of units of the recurrent state; None for that of the dropout around the LSTM.
         batch_first: the layout of activations; None for that of the LSTMs of their width.
     """
 
-    recurrent: bool
     recurrent_dropout: float | None
-    case: str
-    sampling: str
     batch_first: bool | None
-
-    def lstm(self, recurrent_dropout: float, site: str) -> dict[str, Any]:
-        """Options of a `StructuredDropoutLSTM` for one call."""
-        return {
-            "recurrent_dropout": recurrent_dropout,
-            "mode": "nr_rh_st" if self.case in ("III", "IV") else "random",
-            "locked": self.case in ("II", "IV"),
-            "sampling": self.sampling,
-            "site": site,
-        }
 
 
 class LivingLSTMs:
@@ -243,7 +228,7 @@ def _settings(
         if case not in (None, "I"):
             raise UsageError(f"mode random is torch's own dropout, case I; case {case} needs nr_st or nr_rh_st")
         return None
-    return Settings(mode == "nr_rh_st", recurrent_dropout, case or "III", sampling, batch_first)
+    return Settings(mode == "nr_rh_st", case or "III", sampling, recurrent_dropout, batch_first)
 
 
 def _is_probability(p: object) -> bool:
