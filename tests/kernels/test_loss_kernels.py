@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sd_plugin.kernels import cross_entropy_backward, cross_entropy_forward
@@ -22,6 +22,7 @@ def test_forward_and_backward(
     backend: str, device: str, rows: int, columns: int, seed: int, how: str, smoothing: float, spread: float,
     dtype: torch.dtype,
 ) -> None:  # fmt: skip
+    assume(not (backend == "cuda" and dtype == torch.float64))
     logits = (tensor_of(seed, rows, columns) * spread).to(dtype)
     target = torch.randint(-1, columns, (rows,), generator=torch.Generator().manual_seed(seed))
     scale = tensor_of(seed + 1, rows).to(dtype)

@@ -1,0 +1,92 @@
+"""What operands are rounded to before they are multiplied; sums are always float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Precision(IntEnum):
+    """Of a kernel's operands; the numbers are those of ``SD_PRECISION`` in the sources."""
+
+    STRICT = 0  #: float32
+    TF32 = 1  #: float32 rounded to ten bits of mantissa, on tensor cores
+    F16 = 2
+    BF16 = 3
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of operands in memory."""
+        return {self.F16: torch.float16, self.BF16: torch.bfloat16}.get(self, torch.float32)
+
+
+def of_products(dtype: torch.dtype) -> Precision:
+    """Of matrix products: TF32 where torch allows it for its own (``torch.backends.cuda.matmul.allow_tf32``)."""
+    return _of(dtype, torch.backends.cuda.matmul)
+
+
+def of_recurrence(dtype: torch.dtype) -> Precision:
+    """Of LSTM layers: TF32 where torch allows it for ``nn.LSTM`` (``torch.backends.cudnn.allow_tf32``)."""
+    return _of(dtype, torch.backends.cudnn)
+
+
+def _of(dtype: torch.dtype, flags: Any) -> Precision:
+    if dtype == torch.float16:
+        return Precision.F16
+    if dtype == torch.bfloat16:
+        return Precision.BF16
+    return Precision.TF32 if _allows_tf32(flags) else Precision.STRICT
+
+
+def _allows_tf32(flags: Any) -> bool:
+    try:
+        return bool(flags.allow_tf32)
+    except RuntimeError:
+        # A program that sets the flags of torch >= 2.9 may not read the older ones any more.
+        return bool(getattr(flags, "rnn", flags).fp32_precision == "tf32")
+
+
+@contextmanager
+def _cublas(tf32: bool) -> Iterator[None]:
+    """cuBLAS rounds float32 operands to TF32, or does not, whatever the program chose for its own products."""
+    flags: Any = torch.backends.cuda.matmul
+    try:
+        before = flags.allow_tf32
+        name, value = "allow_tf32", tf32
+    except RuntimeError:
+        before = flags.fp32_precision
+        name, value = "fp32_precision", "tf32" if tf32 else "ieee"
+    if before == value:
+        yield
+        return
+    setattr(flags, name, value)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)
+
+
+def product(a: Tensor, b: Tensor, precision: Precision, dtype: torch.dtype | None = None) -> Tensor:
+    """``a @ b`` by cuBLAS.
+
+    Args:
+        a: ``[M, K]``, b: ``[K, N]``, of ``precision.dtype``.
+        dtype: of the result; that of the operands if None.
+    """
+    with _cublas(precision is Precision.TF32):
+        if dtype in (None, a.dtype):
+            return a @ b
+        if a.is_cuda and _HAS_OUT_DTYPE:
+            return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload, no-any-return]
+    return a.to(dtype) @ b.to(dtype)
+
+
+#: ``torch.mm`` can keep the float32 sums of half-precision operands.
+_HAS_OUT_DTYPE = "mm.dtype" in {name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names()}
