@@ -82,7 +82,11 @@ setup(
     package_dir=PACKAGE_ROOTS,
     # Native sources are compiled on the user's machine at first use, so they travel as data of any package.
     package_data={
-        "": ["py.typed", *(f"{folder}*.{kind}" for folder in ("", "src/") for kind in ("cpp", "cu", "cuh", "h", "hpp"))]
+        "": [
+            "py.typed",
+            *(f"{folder}*.{kind}" for folder in ("", "src/") for kind in ("cpp", "cu", "cuh", "h", "hpp")),
+        ],
+        "sd_plugin.kernels.cuda": ["*.json"],
     },
     cmdclass={"build": Build, "build_startup": BuildStartup},
 )

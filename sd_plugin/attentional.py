@@ -12,6 +12,7 @@ import torch
 
 from . import _stash, hints, kernels
 from ._autocast import autocast_dtype
+from ._compile import opaque
 from .functional import Operand, once_differentiable, pack_parameters
 from .kernels import DecoderPatterns, DecoderWeights, Kept, Steps
 
@@ -93,6 +94,7 @@ def is_available(like: Tensor) -> bool:
     return autocast_dtype(like.device.type) is None and kernels.has_decoder(like.device, like.dtype)
 
 
+@opaque
 def attentional_decoder(
     run: StackedRun,
     emb: Tensor,
@@ -159,7 +161,8 @@ def _feed_pattern(output: Kept | None, feed: Tensor) -> Kept | None:
     indices, size = output.indices, output.size
     if not indices.shape[0]:
         return output.unscaled()
-    if not feed.requires_grad and not feed.any():
+    # To look at it elsewhere would be to wait for the device.
+    if feed.device.type == "cpu" and not feed.requires_grad and not feed.any():
         # A feed of zeros, as at the start of a sentence: whatever is visited contributes nothing.
         return Kept(torch.cat([indices[:1], indices[:-1]]), size, 1.0, output.padded)
     everything = torch.arange(size, dtype=torch.int32, device=indices.device).unsqueeze(0)

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable as torch_once_differenti
 
 from . import _stash, hints, kernels, stats
 from ._autocast import cast_for_autocast, without_autocast
+from ._compile import opaque
 from .hints import Draw, Part
 from .kernels import TIME_MAJOR, Kept, PackedWeights, Steps, Wanted
 from .patterns import Case
@@ -37,6 +38,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     return refuse_graph
 
 
+@opaque
 def dropout(x: Tensor, p: float, case: Case | str, steps: Steps, *, sampling: str = "exact", site: str) -> Tensor:
     """Drop units of ``x`` by a case of the paper's Fig. 1, scaling the survivors.
 
@@ -138,6 +140,7 @@ class _Linear(torch.autograd.Function):
         return dx, dweight, dbias, None, None
 
 
+@opaque
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: bool = True) -> Tensor:
     """``torch.nn.functional.linear`` that skips the columns of ``x`` which its hint knows to be zero.
 
@@ -239,6 +242,7 @@ class _LSTMLayer(torch.autograd.Function):
         )
 
 
+@opaque
 def lstm_layer(
     x: Tensor,
     state: tuple[Tensor, Tensor],

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from . import kernels
+from ._compile import opaque
 from .functional import once_differentiable
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class _CrossEntropy(torch.autograd.Function):
         return gradient, None, None, None
 
 
+@opaque
 def cross_entropy(
     logits: Tensor,
     target: Tensor,

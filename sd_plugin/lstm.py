@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, hints
 from ._autocast import autocast_dtype
+from ._compile import opaque
 from .functional import LayerCall, Operand
 from .kernels import Steps
 from .patterns import Case, check_probability, check_sampling, draw
@@ -166,6 +167,7 @@ class StructuredDropoutLSTM(nn.LSTM):
         """The case of Fig. 1 that ``mode`` and ``locked`` amount to."""
         return Case.of(self.mode != "random", self.locked)
 
+    @opaque
     def forward(  # type: ignore[override]
         self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:

@@ -5,7 +5,8 @@ nothing skipped, NR+ST and NR+RH+ST. So what fusion gives is told apart from wha
 
 | module | idea |
 |---|---|
-| :mod:`.columns` | the columns and phases of a table |
+| :mod:`.columns` | the columns, precisions and phases of a table |
+| :mod:`.precision` | what a precision means to torch |
 | :mod:`.workload` | what a workload is: its training step, its products |
 | :mod:`.layers` | the modules that differ from column to column |
 | :mod:`.zaremba`, :mod:`.awd_lstm`, :mod:`.opennmt`, :mod:`.ner` | the paper's systems |

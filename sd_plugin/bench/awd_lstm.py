@@ -225,7 +225,7 @@ def _build(column: str, setup: Setup) -> Training:
         loss = lambda: sequences.of_ours(column, model)  # noqa: E731
     model.to(setup.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=sizes.learning_rate, weight_decay=sizes.weight_decay)
-    return Training(model, loss, optimizer, sizes.clip)
+    return Training(model, loss, optimizer, sizes.clip, setup.autocast)
 
 
 def _products(setup: Setup) -> list[Product]:

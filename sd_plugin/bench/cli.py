@@ -17,7 +17,7 @@ from typer.main import get_command
 from .. import kernels
 from ..errors import UsageError
 from . import machine, results, runner, summary
-from .columns import COLUMNS
+from .columns import COLUMNS, DEFAULT_PRECISIONS, PRECISIONS, VALID_PRECISIONS
 from .registry import HOSTS, WORKLOADS
 
 #: Width of tables where the output is not a terminal; no cell is broken at it.
@@ -35,6 +35,13 @@ def bench(
     ] = None,
     columns: Annotated[list[str] | None, typer.Option(help=f"Which columns: of {', '.join(COLUMNS)}.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Of {', '.join(PRECISIONS)}; fp16 and bf16 by autocast, without loss scaling. The CPU has "
+            f"{', '.join(VALID_PRECISIONS['cpu'])} alone. Default on cuda: {', '.join(DEFAULT_PRECISIONS['cuda'])}."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads of torch. Default: as torch chooses.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed rounds over all columns.")] = 10,
     warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 2,
@@ -58,6 +65,7 @@ def bench(
         workloads=_chosen("--workload", workload, WORKLOADS),
         columns=_chosen("--columns", columns, COLUMNS),
         device=_device(device),
+        precisions=_precisions(precision, device),
         threads=_at_least("--threads", torch.get_num_threads() if threads is None else threads, 1),
         repeats=_at_least("--repeats", repeats, 1),
         warmup=_at_least("--warmup", warmup, 0),
@@ -93,6 +101,13 @@ def _chosen(option: str, given: Sequence[str] | None, valid: Iterable[str]) -> l
     for name in asked:
         _one_of(option, name, ("all", *names))
     return names if "all" in asked else [name for name in names if name in asked]
+
+
+def _precisions(given: Sequence[str] | None, device: str) -> list[str]:
+    """As :func:`_chosen`, of those that ``device`` has; its defaults if none was asked for."""
+    if given is None:
+        return list(DEFAULT_PRECISIONS[device])
+    return _chosen(f"--device {device} --precision", given, VALID_PRECISIONS[device])
 
 
 def _device(name: str) -> str:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .. import functional, loss
+from .. import functional
 from ..dropout import StructuredDropout
 from ..linear import StructuredLinear
+from ..loss import FusedCrossEntropyLoss
 from ..lstm import StructuredDropoutLSTM
 from .columns import DENSE, NR_RH_ST, SKIPPING, STOCK
 
@@ -41,10 +42,11 @@ def linear(column: str, inputs: int, outputs: int, bias: bool = True) -> nn.Line
 
 
 def cross_entropy(column: str, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """Cross entropy of ``[R, V]`` logits: torch's in the column stock, this library's in the others."""
+    """Cross entropy of ``[R, V]`` logits: torch's in the column stock, what the plugin makes of it in the others."""
     if column == STOCK:
         return nn.functional.cross_entropy(logits, target, **options)
-    return loss.cross_entropy(logits, target, **options)
+    loss: Tensor = FusedCrossEntropyLoss(**options)(logits, target)
+    return loss
 
 
 def dropout(column: str, p: float, site: str, batch_first: bool = False) -> nn.Module:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from . import precision
 from .workload import Setup
 
 #: Training steps before the peak is read: the optimizer's state exists after the first.
@@ -34,6 +35,7 @@ def measure(workload: str, column: str, setup: Setup, threads: int) -> dict[str,
         "device": str(setup.device),
         "seed": setup.seed,
         "tiny": setup.tiny,
+        "precision": setup.precision,
         "hosts": {name: str(folder) for name, folder in setup.hosts.items()},
     }
     # Not in the working directory: in a clone of the source, its folder would hide the installed package.
@@ -50,22 +52,28 @@ def measure(workload: str, column: str, setup: Setup, threads: int) -> dict[str,
 def main(request: str) -> int:
     """The process that is measured; prints the result as a line of JSON."""
     asked = json.loads(request)
-    from .registry import WORKLOADS
-
     torch.set_num_threads(asked["threads"])
     device = torch.device(asked["device"])
     hosts = {name: Path(folder) for name, folder in asked["hosts"].items()}
-    setup = Setup(device, asked["seed"], asked["tiny"], hosts=hosts)
-    build = WORKLOADS[asked["workload"]].build
-    # What is loaded at first use is not the model's: the host, the backend, torch's own libraries.
-    build(asked["column"], replace(setup, tiny=True)).step()
-    before = _peak(device)
-    training = build(asked["column"], setup)
-    for _ in range(STEPS):
-        training.step()
-    peak = _peak(device)
+    setup = Setup(device, asked["seed"], asked["tiny"], hosts=hosts, precision=asked["precision"])
+    with precision.settings(setup.precision):
+        peak, before = _measured(asked["workload"], asked["column"], setup)
     print(json.dumps({"peak": round(peak, 1), "before": round(before, 1), "increase": round(peak - before, 1)}))
     return 0
+
+
+def _measured(workload: str, column: str, setup: Setup) -> tuple[float, float]:
+    """The peak in MiB, and that before the model was made."""
+    from .registry import WORKLOADS
+
+    build = WORKLOADS[workload].build
+    # What is loaded at first use is not the model's: the host, the backend, torch's own libraries.
+    build(column, replace(setup, tiny=True)).step()
+    before = _peak(setup.device)
+    training = build(column, setup)
+    for _ in range(STEPS):
+        training.step()
+    return _peak(setup.device), before
 
 
 def _peak(device: torch.device) -> float:

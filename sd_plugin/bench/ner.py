@@ -98,7 +98,7 @@ def _build(column: str, setup: Setup) -> Training:
         return cross_entropy(column, model(packed), tags)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=sizes.learning_rate, momentum=sizes.momentum)
-    return Training(model, loss, optimizer, sizes.clip)
+    return Training(model, loss, optimizer, sizes.clip, setup.autocast)
 
 
 def _products(setup: Setup) -> list[Product]:

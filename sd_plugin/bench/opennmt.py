@@ -76,7 +76,7 @@ def _build(full: Sizes, column: str, setup: Setup) -> Training:
         model = Translator(column, sizes, p).to(setup.device)
         compute = partial(_plain_loss, column, model)  # type: ignore[assignment]
     optimizer = torch.optim.SGD(model.parameters(), lr=sizes.learning_rate)
-    return Training(model, lambda: compute(*batch()), optimizer, sizes.clip)
+    return Training(model, lambda: compute(*batch()), optimizer, sizes.clip, setup.autocast)
 
 
 def _plain_loss(column: str, model: nn.Module, source: Tensor, target: Tensor) -> Tensor:

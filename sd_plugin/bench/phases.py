@@ -14,9 +14,10 @@ import torch
 from .. import kernels
 from ..kernels import TIME_MAJOR, Kept, PackedMatrix, Steps
 from ..patterns import draw_kept
+from . import precision
 from .columns import DENSE, PHASES, STOCK
 from .timing import Clock
-from .workload import Product
+from .workload import Product, Setup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,13 +28,13 @@ Run = Callable[[], object]
 class _Operands:
     """Activations and weights of a product, whole and cut into time steps before anything is timed."""
 
-    def __init__(self, product: Product, device: torch.device) -> None:
+    def __init__(self, product: Product, device: torch.device, dtype: torch.dtype) -> None:
         self.product = product
         rows, units, outputs = sum(product.rows), product.units, product.outputs
-        self.x = torch.randn(rows, units, device=device)
-        self.dy = torch.randn(rows, outputs, device=device)
+        self.x = torch.randn(rows, units, device=device, dtype=dtype)
+        self.dy = torch.randn(rows, outputs, device=device, dtype=dtype)
         #: As the host holds it, ``[N, K]``.
-        self.weight = torch.randn(outputs, units, device=device)
+        self.weight = torch.randn(outputs, units, device=device, dtype=dtype)
         self.packed = self.pack()
         self.x_steps = list(self.x.split(product.rows))
         self.dy_steps = list(self.dy.split(product.rows))
@@ -84,7 +85,7 @@ class _Operands:
 
 
 @torch.no_grad()
-def measure(product: Product, columns: Sequence[str], device: torch.device, clock: Clock) -> dict[str, Any]:
+def measure(product: Product, columns: Sequence[str], setup: Setup, clock: Clock) -> dict[str, Any]:
     """Time one matrix's products.
 
     Args:
@@ -95,12 +96,13 @@ def measure(product: Product, columns: Sequence[str], device: torch.device, cloc
         For the JSON file: the product's description, ``ms`` by phase and column, and ``pack_ms``: what our columns
         need besides, once a training step, to lay the weight out.
     """
-    operands = _Operands(product, device)
+    operands = _Operands(product, setup.device, precision.dtype(setup.precision))
     runs = {STOCK: operands.torch_runs(), DENSE: operands.our_runs(None)}
     for column in columns:
         if product.skips(column):
-            kept = draw_kept(len(product.rows), product.units, product.dropout[column], device=device)
+            kept = draw_kept(len(product.rows), product.units, product.dropout[column], device=setup.device)
             runs[column] = operands.our_runs(kept)
-    timed = {phase: clock.loop({column: runs[column][phase] for column in runs}) for phase in PHASES}
+    with precision.products(setup.precision, product.of_lstm):
+        timed = {phase: clock.loop({column: runs[column][phase] for column in runs}) for phase in PHASES}
     packing = clock.loop({"pack": operands.pack})["pack"]
     return {**product.describe(), "ms": timed, "pack_ms": packing}

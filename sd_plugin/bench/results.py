@@ -12,8 +12,10 @@ from typing import Any
 from ..errors import UsageError
 
 KIND = "sd-plugin bench"
-#: Raised when the meaning of the file changes.
-SCHEMA = 1
+#: Raised when the meaning of the file changes; older files are still read.
+#: 2: ``settings.precisions``; a workload's columns and products are of the first of them, those of the others in its
+#: ``precisions``. A file of 1 has torch's default precision only.
+SCHEMA = 2
 
 Document = dict[str, Any]
 

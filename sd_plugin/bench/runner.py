@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 
 from .. import kernels, stats
-from . import machine, memory, phases, sweeps
-from .columns import COLUMNS
+from . import machine, memory, phases, precision, sweeps
+from .columns import COLUMNS, FP32
 from .registry import WORKLOADS
 from .results import KIND, SCHEMA, Document
 from .timing import Clock, Samples
@@ -24,7 +24,7 @@ class Settings:
     """What was asked for.
 
     Attributes:
-        workloads, columns: names, in the order of the tables.
+        workloads, columns, precisions: names, in the order of the tables.
         device: ``cpu`` or ``cuda``; threads: of torch, and so of the backend.
         repeats, warmup: rounds that are kept, and rounds before them.
         memory, phases, sweeps: what to measure beside the training steps.
@@ -35,6 +35,7 @@ class Settings:
 
     workloads: Sequence[str]
     columns: Sequence[str] = COLUMNS
+    precisions: Sequence[str] = (FP32,)
     device: str = "cpu"
     threads: int = 1
     repeats: int = 10
@@ -48,8 +49,8 @@ class Settings:
     command: str = ""
 
     def setup(self) -> Setup:
-        """How workloads are built."""
-        return Setup(torch.device(self.device), self.seed, self.tiny, hosts=self.hosts)
+        """How workloads are built, in the first precision."""
+        return Setup(torch.device(self.device), self.seed, self.tiny, hosts=self.hosts, precision=self.precisions[0])
 
     def columns_of(self, workload: Workload) -> list[str]:
         """The wanted columns that ``workload`` has."""
@@ -60,6 +61,7 @@ class Settings:
         return {
             "workloads": list(self.workloads),
             "columns": list(self.columns),
+            "precisions": list(self.precisions),
             "device": self.device,
             "threads": self.threads,
             "repeats": self.repeats,
@@ -78,8 +80,9 @@ def parts(settings: Settings) -> int:
     rounds, setup, count = settings.warmup + settings.repeats, settings.setup(), 0
     for name in settings.workloads:
         workload = WORKLOADS[name]
-        count += rounds + settings.memory * len(settings.columns_of(workload))
-        count += settings.phases * len(workload.products(setup))
+        each = rounds + settings.memory * len(settings.columns_of(workload))
+        each += settings.phases * len(workload.products(setup))
+        count += each * len(settings.precisions)
     return count + settings.sweeps * len(list(sweeps.points(setup)))
 
 
@@ -101,7 +104,8 @@ def run(settings: Settings, tell: Tell, keep: Callable[[Document], object]) -> D
         tell("sweeps")
         for axis, value, point in sweeps.points(setup):
             timer = replace(clock, tick=lambda: None)
-            document["sweeps"].append(sweeps.measure(axis, value, point, settings.columns, setup, timer))
+            with precision.settings(setup.precision):
+                document["sweeps"].append(sweeps.measure(axis, value, point, settings.columns, setup, timer))
             tell(None)
         stats.reset()
     document["complete"] = True
@@ -137,19 +141,25 @@ def _head(settings: Settings) -> Document:
 
 def _workload(workload: Workload, settings: Settings, setup: Setup, clock: Clock, tell: Tell) -> dict[str, Any]:
     """Everything about one workload, for the JSON file."""
+    measured = {"title": workload.title, "note": workload.note(setup), "sizes": workload.sizes(setup)}
+    in_each = {}
+    for name in settings.precisions:
+        with precision.settings(name):
+            in_each[name] = _in_precision(workload, settings, replace(setup, precision=name), clock, tell)
+    # The first, torch's own default unless others were asked for, is found where files of one precision have it.
+    measured |= in_each.pop(settings.precisions[0])
+    return {**measured, "precisions": in_each} if in_each else measured
+
+
+def _in_precision(workload: Workload, settings: Settings, setup: Setup, clock: Clock, tell: Tell) -> dict[str, Any]:
+    """What is measured of a workload, in one precision."""
     columns = settings.columns_of(workload)
     stats.reset()
-    measured: dict[str, Any] = {
-        "title": workload.title,
-        "note": workload.note(setup),
-        "sizes": workload.sizes(setup),
-        "columns": _steps(workload, columns, setup, clock),
-        "products": [],
-    }
+    measured: dict[str, Any] = {"columns": _steps(workload, columns, setup, clock), "products": []}
     if settings.phases:
         timer = replace(clock, tick=lambda: None)
         for product in workload.products(setup):
-            measured["products"].append(phases.measure(product, columns, setup.device, timer))
+            measured["products"].append(phases.measure(product, columns, setup, timer))
             tell(None)
     measured["fallbacks"] = [
         {"operation": operation, "backend": name, "reason": machine.without_folders(reason), "calls": calls}

@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
-from .columns import COLUMNS, DENSE, LABELS, PHASES, SKIPPING, STOCK
+from .columns import (
+    COLUMNS,
+    DEFAULT_PRECISIONS,
+    DENSE,
+    FP32,
+    LABELS,
+    NR_RH_ST,
+    PHASES,
+    PRECISION_LABELS,
+    SKIPPING,
+    STOCK,
+)
 
 #: A workload, a product, or a whole document, as :mod:`.results` reads it.
 Record = dict[str, Any]
@@ -32,6 +43,32 @@ class Spread:
             return cls(samples[0], 0.0)
         low, _, high = quantiles(samples, n=4, method="inclusive")
         return cls(median(samples), high - low)
+
+
+def precisions(document: Record) -> list[str]:
+    """Those measured; the first is that of what a workload holds itself."""
+    settings = document["settings"]
+    # A file without them has what torch does by default.
+    found: list[str] = settings.get("precisions") or [DEFAULT_PRECISIONS[settings.get("device", "cpu")][0]]
+    return found
+
+
+def runs(document: Record) -> list[tuple[str, Record]]:
+    """Every workload in every precision: its title there, and what was measured."""
+    found = []
+    told = precisions(document) != [FP32]
+    for workload in document["workloads"].values():
+        for precision, measured in in_precisions(document, workload).items():
+            title = f"{workload['title']}, {PRECISION_LABELS[precision]}" if told else workload["title"]
+            found.append((title, measured))
+    return found
+
+
+def in_precisions(document: Record, workload: Record) -> dict[str, Record]:
+    """The workload as it was measured in each precision."""
+    first = precisions(document)[0]
+    others: dict[str, Record] = workload.get("precisions", {})
+    return {first: workload, **{name: {**workload, **measured} for name, measured in others.items()}}
 
 
 def step(workload: Record, column: str) -> Spread | None:
@@ -165,13 +202,13 @@ def step_table(document: Record) -> Table:
         "peak MiB (increase)",
     ]
     rows = []
-    for workload in document["workloads"].values():
+    for title, workload in runs(document):
         for column in _columns(document):
             skips = column in SKIPPING and column in workload["columns"]
             bounds = [bound(workload, column, over) if skips else None for over in (STOCK, DENSE)]
             rows.append(
                 [
-                    workload["title"],
+                    title,
                     _label(document, column),
                     _spread(step(workload, column)),
                     _times(ratio(workload, column)),
@@ -200,11 +237,11 @@ def phase_table(document: Record) -> Table:
         heading += [f"{phase} ms", "to torch", "of perfect"]
     heading += ["packing ms", "all: to torch", "of perfect"]
     rows = []
-    for workload in document["workloads"].values():
-        products = workload.get("products")
+    for title, workload in runs(document):
+        products: list[Record] = workload.get("products") or []
         for column in _columns(document) if products else []:
             cells = _phase_cells(products, column) if column in workload["columns"] else [NONE] * 12
-            rows.append([workload["title"], _label(document, column), *cells])
+            rows.append([title, _label(document, column), *cells])
     return Table("products of LSTM layers and projection, by themselves", heading, rows)
 
 
@@ -242,6 +279,11 @@ def _backend(backend: Record) -> str:
     return f"backend {backend['name']}" + (f" ({', '.join(told)})" if told else "")
 
 
+PRECISION = (
+    "fp32+TF32 is torch's default on CUDA: cuDNN's LSTM multiplies in TF32, everything else in float32. fp32 is "
+    "strict. fp16 and bf16 are autocast around forward and loss, without loss scaling. Columns are compared to stock "
+    "of the same precision."
+)
 BOUND = (
     "The bound is about what perfect, free skipping would give: our dense products, timed on their own, less the share "
     "that is dropped."
@@ -261,6 +303,8 @@ def head(document: Record) -> list[str]:
         f"{device}; {threads}; {_backend(document['backend'])}; {installed}{commit}.",
         f"{runs}, {document['date']}. {BOUND}",
     ]
+    if precisions(document) != [FP32]:
+        lines.append(PRECISION)
     if document["scale"] != "full":
         lines.insert(0, f"{document['scale'].upper()} SHAPES, which test the program: these are no results.")
     if not document["complete"]:
@@ -268,18 +312,40 @@ def head(document: Record) -> list[str]:
     return lines
 
 
+def fastest_stock(document: Record) -> list[str]:
+    """For each workload measured in several precisions: which stock is the fastest, and NR+RH+ST compared to that."""
+    told = []
+    for workload in document["workloads"].values():
+        measured = in_precisions(document, workload)
+        stocks = {name: found.median for name, run in measured.items() if (found := step(run, STOCK))}
+        if len(stocks) < 2:
+            continue
+        best = min(stocks, key=lambda name: stocks[name])
+        ratios = [
+            f"{PRECISION_LABELS[name]} {_times(stocks[best] / found.median)}"
+            for name, run in measured.items()
+            if (found := step(run, NR_RH_ST))
+        ]
+        ours = f"; {LABELS[NR_RH_ST]} to that one: {', '.join(ratios)}" if ratios else ""
+        told.append(
+            f"{workload['title']}: the fastest stock is {PRECISION_LABELS[best]}, {_ms(stocks[best])} ms{ours}."
+        )
+    return told
+
+
 def notes(document: Record) -> list[str]:
     """What a reader must know of each workload, and what went another way than asked."""
     told = [f"{workload['title']}: {workload['note']}" for workload in document["workloads"].values()]
-    for workload in document["workloads"].values():
+    told += fastest_stock(document)
+    for title, workload in runs(document):
         for column, measured in workload["columns"].items():
             if None in measured["loss"]:
-                told.append(f"{workload['title']}, {LABELS[column]}: the loss was not finite; do not trust its time.")
+                told.append(f"{title}, {LABELS[column]}: the loss was not finite; do not trust its time.")
         for site, lost in workload["lost_hints"].items():
-            told.append(f"{workload['title']}: {lost} patterns of {site} reached no product that could skip.")
+            told.append(f"{title}: {lost} patterns of {site} reached no product that could skip.")
         for call in workload["fallbacks"]:
             told.append(
-                f"{workload['title']}: {call['calls']} calls of {call['operation']} passed over backend "
+                f"{title}: {call['calls']} calls of {call['operation']} passed over backend "
                 f"{call['backend']}: {call['reason']}."
             )
     return told

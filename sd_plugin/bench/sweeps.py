@@ -64,12 +64,14 @@ class _Layer:
             setup.device
         )
         self._x.requires_grad_()
+        self._autocast = setup.autocast
 
     def __call__(self) -> Tensor:
         self._lstm.zero_grad()
         self._x.grad = None
-        y: Tensor = self._lstm(self._dropout(self._x))[0]
-        y.backward(self._gradient)
+        with self._autocast():
+            y: Tensor = self._lstm(self._dropout(self._x))[0]
+        y.backward(self._gradient.to(y.dtype))
         return y.detach()
 
 
@@ -90,5 +92,5 @@ def measure(axis: str, value: float, point: Point, columns: Sequence[str], setup
         "value": value,
         **asdict(point),
         "layer_ms": timed,
-        "products": [phases.measure(product, wanted, setup.device, clock) for product in products],
+        "products": [phases.measure(product, wanted, setup, clock) for product in products],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from ..patterns import kept_count
-from .columns import COLUMNS
+from . import precision as precisions
+from .columns import COLUMNS, FP32
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +29,8 @@ class Setup:
         tiny: shapes for tests of the program, never for results.
         dropout: False sets every probability to 0, so that all columns compute the same.
         hosts: checkouts of host programs by name.
+        precision: what forward pass and loss are computed in, of :data:`~sd_plugin.bench.columns.PRECISIONS`; its
+            switches (:func:`.precision.settings`) are set by whoever runs the training.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -34,6 +38,11 @@ class Setup:
     tiny: bool = False
     dropout: bool = True
     hosts: Mapping[str, Path] = field(default_factory=dict)
+    precision: str = FP32
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """For the forward pass and the loss."""
+        return precisions.autocast(self.precision, self.device)
 
     def p(self, probability: float) -> float:
         """``probability``, or 0 where dropout is off."""
@@ -52,21 +61,29 @@ class Training:
         loss: one forward pass over the next batch; a scalar.
         optimizer: of the model's parameters.
         clip: largest norm of all gradients together.
+        autocast: makes a context for ``loss``.
     """
 
     def __init__(
-        self, model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, clip: float
+        self,
+        model: nn.Module,
+        loss: Callable[[], Tensor],
+        optimizer: torch.optim.Optimizer,
+        clip: float,
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.model = model
         self._loss = loss
         self._optimizer = optimizer
         self._clip = clip
+        self._autocast = autocast
         self._parameters = list(model.parameters())
 
     def gradients(self) -> Tensor:
         """Forward, loss and backward, into the parameters' ``grad``; the loss."""
         self._optimizer.zero_grad()
-        loss = self._loss()
+        with self._autocast():
+            loss = self._loss()
         loss.backward()
         return loss.detach()
 
@@ -90,6 +107,7 @@ class Product:
         stepwise: FP and BP run one step at a time, since each step needs the last one's result.
         dropout: column -> probability of the input's dropout; columns not named drop nothing that can be skipped.
         count: how many such matrices there are.
+        of_lstm: of an LSTM layer, whose products cuDNN does in its own precision.
     """
 
     name: str
@@ -99,6 +117,7 @@ class Product:
     stepwise: bool = False
     dropout: Mapping[str, float] = field(default_factory=dict)
     count: int = 1
+    of_lstm: bool = False
 
     def skips(self, column: str) -> bool:
         """Whether the products leave anything out in ``column``."""
@@ -157,8 +176,8 @@ def layer_products(
     """
     units, hidden = sizes
     return [
-        Product(f"{name}.input", rows, units, 4 * hidden, stepwise, input_dropout, count),
-        Product(f"{name}.recurrent", rows, hidden, 4 * hidden, True, recurrent_dropout, count),
+        Product(f"{name}.input", rows, units, 4 * hidden, stepwise, input_dropout, count, True),
+        Product(f"{name}.recurrent", rows, hidden, 4 * hidden, True, recurrent_dropout, count, True),
     ]
 
 

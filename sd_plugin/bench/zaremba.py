@@ -87,7 +87,7 @@ def _build(full: Sizes, column: str, setup: Setup) -> Training:
     torch.manual_seed(setup.seed)
     model = LanguageModel(column, sizes, setup.p(sizes.p)).to(setup.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=sizes.learning_rate)
-    return Training(model, _Sequences(column, model, sizes, setup), optimizer, sizes.clip)
+    return Training(model, _Sequences(column, model, sizes, setup), optimizer, sizes.clip, setup.autocast)
 
 
 def _products(full: Sizes, setup: Setup) -> list[Product]:

@@ -100,6 +100,8 @@ WRONG = [
     (["--workload", "ner,nothing"], "'nothing'", "zaremba-medium, "),
     (["--columns", "fast"], "'fast'", "stock, ours-dense, nr_st, nr_rh_st"),
     (["--device", "tpu"], "'tpu'", "cpu, cuda"),
+    (["--precision", "fp16"], "--device cpu --precision 'fp16'", "valid: all, fp32"),
+    (["--precision", "fp32,half"], "'half'", "valid: all, fp32"),
     (["--repeats", "0"], "--repeats", "at least 1"),
     (["--repeats", "many"], "--repeats", "integer"),
     (["--warmup", "-1"], "--warmup", "at least 0"),
