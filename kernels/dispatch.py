@@ -37,7 +37,7 @@ class BackendError(RuntimeError):
 class Backend(Protocol):
     """What a backend's module offers; arguments are checked before it is called.
 
-    It may also have ``decoder_forward`` and ``decoder_backward`` (:mod:`.decoder`).
+    It may also have ``kept_lists``, and ``decoder_forward`` and ``decoder_backward`` (:mod:`.decoder`).
     """
 
     NAME: str

@@ -24,12 +24,14 @@ class Kept:
         size: number of units before dropping (the columns of the dropped tensor).
         scale: factor on the surviving units; ``size / k`` for exact sampling, ``1 / (1 - p)`` for Bernoulli.
         padded: rows may hold fewer than ``k`` units (Bernoulli sampling).
+        factors: ``[T, size]`` float32, ``scale`` where a unit is kept and zero elsewhere, if it was made already.
     """
 
     indices: Tensor
     size: int
     scale: float = 1.0
     padded: bool = False
+    factors: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.indices.dim() != 2:
@@ -81,16 +83,20 @@ class Kept:
 
     def multiplier(self, dtype: torch.dtype) -> Tensor:
         """``[T, size]``: ``scale`` where a unit is kept, zero elsewhere."""
-        return self.mask().to(dtype) * self.scale
+        return self.mask().to(dtype) * self.scale if self.factors is None else self.factors.to(dtype)
 
     def unscaled(self) -> Kept:
         """The same units for a tensor that carries the scale already."""
-        return replace(self, scale=1.0)
+        return self if self.scale == 1.0 else replace(self, scale=1.0, factors=None)
 
     def at(self, step: int) -> Kept:
         """The kept units of one step, as a pattern of ``T = 1``."""
-        return replace(self, indices=self.indices[step : step + 1])
+        return self._cut(slice(step, step + 1))
 
     def first(self, steps: int) -> Kept:
         """The kept units of the first ``steps`` steps."""
-        return replace(self, indices=self.indices[:steps])
+        return self._cut(slice(steps))
+
+    def _cut(self, steps: slice) -> Kept:
+        factors = None if self.factors is None else self.factors[steps]
+        return replace(self, indices=self.indices[steps], factors=factors)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from . import reference
 from .dispatch import Backend, choose
 from .kept import Kept
 from .steps import TIME_MAJOR, Steps
@@ -25,6 +26,30 @@ class PackedMatrix(NamedTuple):
     shape: tuple[int, int]  #: ``(K, N)``
     dtype: torch.dtype
     device: torch.device
+
+
+def kept_lists(noise: Tensor, count: int | None, p: float, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Kept units from uniform noise of [0, 1).
+
+    Args:
+        noise: ``[T, H]``.
+        count: units kept at every step, those with the most noise; None keeps every unit of at least ``p``.
+        scale: factor on kept units.
+
+    Returns:
+        ``[T, count]`` int32, ascending; without a count rows end in entries ``H``, and are as long as the longest, or,
+        where to know that would be to wait for the device, ``H``. And ``[T, H]`` float32, ``scale`` where a unit is
+        kept and zero elsewhere, if the backend makes it on the way.
+
+    Raises:
+        ValueError: ``noise`` has other dimensions, or fewer units than ``count``.
+    """
+    if noise.dim() != 2 or (count is not None and not 0 <= count <= noise.shape[1]):
+        raise ValueError(f"need noise [T, H] with H >= count, got {tuple(noise.shape)} and {count}")
+    backend = choose("kept_lists", noise.device, noise.dtype, counted=False)
+    # A CPU sorts as fast as torch does.
+    made = getattr(backend, "kept_lists", reference.kept_lists)
+    return made(noise, count, p, scale)
 
 
 def gemm_pack(weight_t: Tensor) -> PackedMatrix:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import driver
+from .decoder import decoder_backward, decoder_forward
 from .gemm import gemm_bp, gemm_fp, gemm_pack, gemm_wg
 from .loss import cross_entropy_backward, cross_entropy_forward
 from .lstm import lstm_backward, lstm_forward, lstm_pack
+from .pattern import kept_lists
 
 if TYPE_CHECKING:
     from torch import device
@@ -22,10 +24,13 @@ __all__ = [
     "NAME",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "decoder_backward",
+    "decoder_forward",
     "gemm_bp",
     "gemm_fp",
     "gemm_pack",
     "gemm_wg",
+    "kept_lists",
     "lstm_backward",
     "lstm_forward",
     "lstm_pack",

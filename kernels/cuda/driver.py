@@ -1,4 +1,4 @@
-"""Compiling and launching kernels: CuPy on NVIDIA GPUs, behind an interface small enough for tests to stand in for it."""
+"""Compiling and launching kernels: CuPy on NVIDIA GPUs, behind an interface that tests can stand in for."""
 
 from __future__ import annotations
 
@@ -222,7 +222,8 @@ _PARAMETERS = _Parameters()
 
 
 def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+    # torch's annotation leaves None out.
+    return torch.cuda.current_device() if device.index is None else device.index  # type: ignore[redundant-expr]
 
 
 _D = TypeVar("_D", bound=Driver)

@@ -41,17 +41,17 @@ class Saved(NamedTuple):
     cells: Tensor
     operand: Tensor  #: ``[rows, H]`` h of the step before, dropped and scaled
     c0: Tensor  #: ``[B, H]`` float32
-    pattern: _Pattern
+    pattern: Pattern
     tile: Tile | None  #: of the persistent kernels; None where steps were done one by one
 
 
-class _Pattern(NamedTuple):
+class Pattern(NamedTuple):
     """Recurrent dropout as the kernels take it."""
 
     order: Tensor | None  #: ``[T, count]`` kept units, sorted for the banks of shared memory
     factors: Tensor | None  #: ``[T, H]`` of kept units
     mask: Tensor | None  #: ``[T, B, H]`` float32
-    count: int
+    visited: int  #: kept units of a step
     scale: float
 
     @property
@@ -77,11 +77,11 @@ def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias
     return PackedLSTM(inputs, recurrent, bias, weight_hh.shape[1], precision)
 
 
-def _pattern(pattern: Kept | Tensor | None, steps: int, hidden: int, precision: Precision) -> _Pattern:
+def pattern_of(pattern: Kept | Tensor | None, steps: int, hidden: int, precision: Precision) -> Pattern:
     if pattern is None:
-        return _Pattern(None, None, None, hidden, 1.0)
+        return Pattern(None, None, None, hidden, 1.0)
     if isinstance(pattern, torch.Tensor):
-        return _Pattern(None, None, pattern.float().contiguous(), hidden, 1.0)
+        return Pattern(None, None, pattern.float().contiguous(), hidden, 1.0)
     indices = pattern.indices
     if indices.stride(1) != 1 and pattern.width > 1:
         indices = indices.contiguous()
@@ -93,13 +93,13 @@ def _pattern(pattern: Kept | Tensor | None, steps: int, hidden: int, precision: 
         indices, order, factors, float(pattern.scale), indices.stride(0) if steps > 1 else 0, pattern.width, hidden,
         classes, shared=(hidden + THREADS + classes + 3) // 4 * 16,
     )  # fmt: skip
-    return _Pattern(order, factors, None, pattern.width, float(pattern.scale))
+    return Pattern(order, factors, None, pattern.width, float(pattern.scale))
 
 
-def _tile(precision: Precision, hidden: int, batch: int, pattern: _Pattern, like: Tensor) -> Tile | None:
+def _tile(precision: Precision, hidden: int, batch: int, pattern: Pattern, like: Tensor) -> Tile | None:
     """The tile of the persistent kernels; None where steps are done one by one."""
     device = driver().properties(like.device)
-    tile = tiling.choose(precision, hidden, batch, pattern.count, pattern.order is not None, device)
+    tile = tiling.choose(precision, hidden, batch, pattern.visited, pattern.order is not None, device)
     return choices.recurrence(tile)
 
 
@@ -108,13 +108,13 @@ class _Call(NamedTuple):
 
     packed: PackedLSTM
     rows: Rows
-    pattern: _Pattern
+    pattern: Pattern
     reverse: bool
 
     def arguments(self, tile: Tile) -> tuple[int, ...]:
         """The sizes that both persistent kernels end with."""
         hidden, rows = self.packed.hidden, self.rows
-        sizes = (rows.stride, rows.steps, rows.batch, hidden, self.packed.recurrent.shape[1], self.pattern.count)
+        sizes = (rows.stride, rows.steps, rows.batch, hidden, self.packed.recurrent.shape[1], self.pattern.visited)
         return (*sizes, tile.parts(hidden), tile.slices(rows.batch), int(self.reverse))
 
 
@@ -131,14 +131,14 @@ def lstm_forward(
     """Equations of ``torch.nn.LSTM`` with ``h_{t-1}`` dropped inside its product."""
     hidden, rows = packed.hidden, rows_of(x, steps)
     inputs = _inputs(packed, x, kept_x, steps)
-    call = _Call(packed, rows, _pattern(pattern_h, rows.steps, hidden, packed.precision), reverse)
+    call = _Call(packed, rows, pattern_of(pattern_h, rows.steps, hidden, packed.precision), reverse)
     tile = _tile(packed.precision, hidden, rows.batch, call.pattern, x)
     state = (h0.float().contiguous(), c0.float().contiguous())
     if tile is None:
-        y, h_n, c_n, *saved = _forward_steps(call, inputs, *state)
+        y, h_n, c_n, gates, cells, operand = _forward_steps(call, inputs, *state)
     else:
-        y, h_n, c_n, *saved = _forward_persistent(call, tile, inputs, *state)
-    kept = Saved(*saved, state[1], call.pattern, tile)
+        y, h_n, c_n, gates, cells, operand = _forward_persistent(call, tile, inputs, *state)
+    kept = Saved(gates, cells, operand, state[1], call.pattern, tile)
     return y.view(*x.shape[:-1], hidden), h_n.to(x.dtype), c_n.to(x.dtype), kept
 
 
@@ -157,7 +157,7 @@ def _forward_persistent(call: _Call, tile: Tile, inputs: Tensor, h0: Tensor, c0:
         packed.recurrent, inputs, packed.bias, h0, c0, pattern.order, pattern.factors, pattern.mask,
         rows.first, rows.active, exchange, counters, y, h_n, c_n, gates, cells, operand,
         pattern.scale, *call.arguments(tile), cooperative=True,
-        shared=tile.forward_shared(hidden, pattern.count, pattern.order is not None),
+        shared=tile.forward_shared(hidden, pattern.visited, pattern.order is not None),
     )  # fmt: skip
     return y, h_n, c_n, gates, cells, operand
 
@@ -195,7 +195,7 @@ def lstm_backward(
     pattern_h: Kept | Tensor | None,
     steps: Steps,
     reverse: bool,
-    saved_tensors: tuple[Tensor, ...],
+    saved: Saved,
     wanted: Wanted,
 ) -> tuple[Tensor | None, ...]:
     """Back-propagation through time of :func:`lstm_forward`: BP per step, the rest once over all steps.
@@ -203,10 +203,14 @@ def lstm_backward(
     Returns:
         What :class:`sd_plugin.kernels.LSTMGradients` names, in its order.
     """
-    saved, rows, to = Saved(*saved_tensors), rows_of(x, steps), x.dtype
-    call = _Call(packed, rows, _Pattern(*saved.pattern), reverse)
+    rows, to = rows_of(x, steps), x.dtype
+    call = _Call(packed, rows, saved.pattern, reverse)
     through_time = _backward_steps if saved.tile is None else _backward_persistent
-    gradients = (dy.contiguous().view(x.shape[:-1].numel(), packed.hidden), dh_n.float().contiguous(), dc_n.float().contiguous())
+    gradients = (
+        dy.contiguous().view(x.shape[:-1].numel(), packed.hidden),
+        dh_n.float().contiguous(),
+        dc_n.float().contiguous(),
+    )
     dgates, dh0, dc0, dbias = through_time(call, saved, *gradients)
     # The operand carries its zeros and its scale.
     kept_h = None if not isinstance(pattern_h, Kept) else pattern_h.unscaled()
@@ -225,7 +229,7 @@ def lstm_backward(
 def _backward_persistent(call: _Call, saved: Saved, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor, ...]:
     """Gradients of the gates ``[rows, 4H]``, of the initial state, and of the bias."""
     assert saved.tile is not None
-    packed, rows, pattern, tile = call.packed, call.rows, call.pattern, Tile(*saved.tile)
+    packed, rows, pattern, tile = call.packed, call.rows, call.pattern, saved.tile
     hidden, slices, parts = packed.hidden, tile.slices(rows.batch), tile.parts(packed.hidden)
     dgates = dy.new_empty(dy.shape[0], 4 * hidden)
     dh0, dc0, dbias = torch.empty_like(dh_n), torch.empty_like(dc_n), dh_n.new_empty(slices, 4 * hidden)
@@ -236,7 +240,7 @@ def _backward_persistent(call: _Call, saved: Saved, dy: Tensor, dh_n: Tensor, dc
         packed.recurrent, pattern.order, pattern.factors, pattern.mask, rows.first, rows.active,
         saved.gates, saved.cells, saved.c0, dy, dh_n, dc_n, partial, counters, dgates, dh0, dc0, dbias,
         *call.arguments(tile), cooperative=True,
-        shared=tile.backward_shared(hidden, pattern.count, pattern.order is not None),
+        shared=tile.backward_shared(hidden, pattern.visited, pattern.order is not None),
     )  # fmt: skip
     return dgates, dh0, dc0, dbias[0] if slices == 1 else dbias.sum(0)
 

@@ -54,9 +54,10 @@ def _allows_tf32(flags: Any) -> bool:
 
 
 @contextmanager
-def _cublas(tf32: bool) -> Iterator[None]:
+def cublas(tf32: bool) -> Iterator[None]:
     """cuBLAS rounds float32 operands to TF32, or does not, whatever the program chose for its own products."""
     flags: Any = torch.backends.cuda.matmul
+    value: Any
     try:
         before = flags.allow_tf32
         name, value = "allow_tf32", tf32
@@ -80,13 +81,13 @@ def product(a: Tensor, b: Tensor, precision: Precision, dtype: torch.dtype | Non
         a: ``[M, K]``, b: ``[K, N]``, of ``precision.dtype``.
         dtype: of the result; that of the operands if None.
     """
-    with _cublas(precision is Precision.TF32):
+    with cublas(precision is Precision.TF32):
         if dtype in (None, a.dtype):
             return a @ b
-        if a.is_cuda and _HAS_OUT_DTYPE:
-            return torch.mm(a, b, out_dtype=dtype)  # type: ignore[call-overload, no-any-return]
+        if a.is_cuda and HAS_OUT_DTYPE:
+            return torch.mm(a, b, out_dtype=dtype)
     return a.to(dtype) @ b.to(dtype)
 
 
 #: ``torch.mm`` can keep the float32 sums of half-precision operands.
-_HAS_OUT_DTYPE = "mm.dtype" in {name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names()}
+HAS_OUT_DTYPE = "mm.dtype" in {name.removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names()}

@@ -41,5 +41,5 @@ def _rows(steps: Steps, count: int, batch: int, device: torch.device) -> Rows:
         starts = tuple(range(count)) if steps.time_dim == 1 else tuple(range(0, count * batch, max(batch, 1)))
     if len(starts) != count:  # no rows at all
         starts = (0,) * count
-    on_device = [torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True) for values in (starts, sizes)]
-    return Rows(*on_device, stride, count, batch, starts, sizes)
+    first, active = (torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True) for values in (starts, sizes))
+    return Rows(first, active, stride, count, batch, starts, sizes)

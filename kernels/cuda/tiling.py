@@ -128,9 +128,7 @@ def tiles(precision: Precision) -> Iterator[Tile]:
 
 
 @cache
-def choose(
-    precision: Precision, hidden: int, batch: int, count: int, listed: bool, device: Properties
-) -> Tile | None:
+def choose(precision: Precision, hidden: int, batch: int, count: int, listed: bool, device: Properties) -> Tile | None:
     """The tile that should take the least time; None where none fits.
 
     Args:

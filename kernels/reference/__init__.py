@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from .gemm import gemm_bp, gemm_fp, gemm_pack, gemm_wg
 from .loss import cross_entropy_backward, cross_entropy_forward
 from .lstm import lstm_backward, lstm_forward, lstm_pack
+from .pattern import kept_lists
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,7 @@ __all__ = [
     "gemm_fp",
     "gemm_pack",
     "gemm_wg",
+    "kept_lists",
     "lstm_backward",
     "lstm_forward",
     "lstm_pack",

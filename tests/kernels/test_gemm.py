@@ -111,7 +111,7 @@ def test_weight_gradient_product(
 def test_an_overflow_in_dy_stays_in_kept_units(
     backend: str, device: str, product: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Where cuBLAS multiplies zeros instead of leaving units out, zero times infinity is not a number, as in stock torch.
+    # Where cuBLAS multiplies zeros instead of leaving units out, zero times infinity is not a number, as in torch.
     monkeypatch.setenv("SD_PLUGIN_CUDA_PRODUCTS", "skip")
     # Padding stands for no unit: it must not turn an infinite gradient into nan elsewhere.
     kept = Kept(torch.tensor([[1, 4, 4], [4, 4, 4]], dtype=torch.int32, device=device), 4, 1.0, padded=True)

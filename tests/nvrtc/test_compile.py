@@ -12,7 +12,7 @@ from sd_plugin.kernels.cuda import sources, units
 from sd_plugin.kernels.cuda.driver import Unit
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import cuda_resources  # type: ignore[import-not-found]  # noqa: E402
+import cuda_resources  # type: ignore[import-not-found]
 
 UNITS = list(units.every())
 #: So many units are one test: each takes half a second.
@@ -50,8 +50,8 @@ def test_a_unit_is_listed_once_and_every_source_is() -> None:
 
 def test_a_fault_and_a_spill_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is above would fail if there were something to find."""
+    monkeypatch.setattr(sources, "read", lambda name: "#error no such thing")
     with pytest.raises(cuda_resources.CompileError, match="no such thing"):
-        monkeypatch.setattr(sources, "read", lambda name: "#error no such thing")
         cuda_resources.compile_unit(Unit("wrong"), 90)
     spilling = """
     extern "C" __global__ void __launch_bounds__(1024, 2) spilling(float* x, int n) {

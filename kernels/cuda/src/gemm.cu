@@ -402,8 +402,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_bp(
 // ---- dW += x' dy ---------------------------------------------------------------------------------------------------
 
 // A block has WG_UNITS units x WG_COLUMNS columns of the result in shared memory, and at each step adds to those of its
-// units that the step keeps: WG_GROUP of them at a time in registers, two columns for a lane, so that a warp has half of
-// the columns for every second group.
+// units that the step keeps: WG_GROUP of them at a time in registers, two columns for a lane, so that a warp has half
+// of the columns for every second group.
 //
 // This is float32 arithmetic whatever the operands are. Tensor cores would need the kept units of a step in sixteens,
 // and add to other rows of the result at each step, from a batch that is only 10 to 64 deep: what goes in and out of
@@ -436,7 +436,7 @@ struct WgBuffer {
     int unit[WG_UNITS];       // of the block's, from its first; negative: none
 };
 
-// Shared memory: sums, two buffers, and where the lists of WG_STEPS steps come to the block's units and leave them.
+// Shared memory: two buffers, sums, and where the lists of WG_STEPS steps come to the block's units and leave them.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_wg(
     const real* __restrict__ x,   // [rows][units]
     const real* __restrict__ dy,  // [rows][columns]
@@ -445,9 +445,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_wg(
     float scale, int kept_stride, int count, int units, int columns, int row_stride, int steps, int tiles,
     int row_tiles) {
     SD_SHARED_MEMORY(shared);
-    float* const sums = (float*)shared;  // [WG_UNITS][WG_LD]
-    WgBuffer* const buffers = (WgBuffer*)(sums + WG_UNITS * WG_LD);
-    int* const bounds = (int*)(buffers + 2);  // [WG_STEPS][2]
+    WgBuffer* const buffers = (WgBuffer*)shared;
+    float* const sums = (float*)(buffers + 2);            // [WG_UNITS][WG_LD]
+    int* const bounds = (int*)(sums + WG_UNITS * WG_LD);  // [WG_STEPS][2]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first_column = blockIdx.x % tiles * WG_COLUMNS, first_unit = blockIdx.x / tiles * WG_UNITS;
     const int end_unit = min(first_unit + WG_UNITS, units);
@@ -458,19 +458,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_wg(
     for (int e = threadIdx.x; e < WG_UNITS * WG_LD; e += THREADS) sums[e] = 0.f;
 
     real staged_dy[ROWS], staged_x[ROWS / apart];
-    int staged_unit;
-    const auto rows_of = [&](int step, int row_tile) {
-        return min(__ldg(active + step) - row_tile * ROWS, ROWS);
-    };
+    int staged_unit, staged_rows, staged_number;
     // Of step first_step + item / row_tiles, the rows of tile item % row_tiles.
     const auto load = [&](int first_step, int item) {
-        const int step = item / row_tiles, row_tile = item % row_tiles;
-        const int t = first_step + step, rows = rows_of(t, row_tile);
+        const int step = item / row_tiles, row_tile = item % row_tiles, t = first_step + step;
+        const int rows = min(__ldg(active + t) - row_tile * ROWS, ROWS);
         const long long row = __ldg(first_row + t) + (long long)row_tile * ROWS * row_stride;
         const int from = bounds[2 * step], number = bounds[2 * step + 1] - from;
         const int unit = unit_at(kept + (long long)t * kept_stride + from, number, slot, units);
         const bool valid = GUARD(unit >= first_unit) && GUARD(unit < end_unit);
-        staged_unit = valid ? unit - first_unit : -1;
+        staged_unit = valid ? unit - first_unit : -1, staged_rows = rows, staged_number = number;
         const real* from_dy = dy + row * columns + column;
         const real* from_x = x + (row + (long long)above * row_stride) * units + unit;
 #pragma unroll
@@ -516,7 +513,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_wg(
 
     for (int first_step = 0; first_step < steps; first_step += WG_STEPS) {
         const int here = min(steps - first_step, WG_STEPS), items = here * row_tiles;
-        __syncthreads();
         if (GUARD((int)threadIdx.x < here)) {
             const int* list = kept + (long long)(first_step + threadIdx.x) * kept_stride;
             const int from = position_of(list, count, first_unit);
@@ -527,12 +523,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) gemm_wg(
         __syncthreads();
         load(first_step, 0);
         for (int item = 0; item < items; ++item) {
+            const int rows = staged_rows, number = staged_number;
             store(buffers[item % 2]);
             __syncthreads();
             if (item + 1 < items) load(first_step, item + 1);
-            const int step = item / row_tiles;
-            multiply(buffers[item % 2], rows_of(first_step + step, item % row_tiles),
-                     bounds[2 * step + 1] - bounds[2 * step]);
+            multiply(buffers[item % 2], rows, number);
         }
     }
     __syncthreads();

@@ -84,12 +84,9 @@ static __device__ __forceinline__ void forward_product(ForwardSum& sum, const St
         cp_async_commit();
     }
     for (int chunk = 0; chunk < s.chunks; ++chunk) {
-        // Groups of copies end in order. Of this chunk's, h is the one SD_H_STAGES - 1 before the latest, the weight's
-        // is no later, unless a step has fewer chunks than that.
-        if (s.chunks >= SD_H_STAGES)
-            cp_async_wait<SD_H_STAGES - 2>();
-        else
-            cp_async_wait<0>();
+        // Groups of copies end in order. This chunk's h is in the one SD_H_STAGES - 1 before the latest; its row of the
+        // weight was asked for at least as many chunks ago, or before this step's first groups.
+        cp_async_wait<SD_H_STAGES - 2>();
         __syncwarp();
         s.fetch_h(list, h, chunk + SD_H_STAGES - 1);
 #if !SD_RESIDENT
@@ -235,8 +232,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_forward(
 #if SD_RESIDENT
     load_resident(resident, weight, hidden, columns, 4 * own.unit);
 #else
+    // In one group with the first rows of h.
     for (int chunk = 0; chunk < stream.ahead; ++chunk) stream.fetch_weight(chunk);
-    cp_async_commit();
 #endif
     write_rows(0, false);
 
@@ -269,7 +266,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_forward(
         });
         publish(step + 1);
         for_owned(own, hidden, [&](int i, int at, int, int b) {
-            if (GUARD(b < rows)) gates[saved + at] = activated[i];
+            if (b < rows) gates[saved + at] = activated[i];
             cells[saved + at] = c[i];
         });
         write_rows(step, true);

@@ -60,6 +60,67 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) order_kept(
         factors[(long long)blockIdx.x * units + u] = flags[u] ? scale : 0.f;
 }
 
+// The sum of `value` over the block, for all its threads. `room`: [THREADS / 32], other memory than the last call's.
+static __device__ __forceinline__ int block_sum(int value, int* room) {
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
+    if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = value;
+    __syncthreads();
+    int sum = 0;
+#pragma unroll
+    for (int w = 0; w < THREADS / 32; ++w) sum += room[w];
+    return sum;
+}
+
+// Draws kept units from uniform noise of [0, 1): the `count` of each step with the most (the first of equals), or, with a
+// negative count, those of at least p. A block does one step.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) kept_lists(
+    const float* __restrict__ noise,  // [steps][units]
+    int* __restrict__ kept,           // [steps][width], ascending, ending in `units` where there are fewer
+    float* __restrict__ factors,      // [steps][units]: `scale` where a unit is kept, zero elsewhere
+    float p, float scale, int count, int width, int units) {
+    SD_SHARED_MEMORY(shared);
+    unsigned* keys = (unsigned*)shared;    // [units], ordered as the noise is
+    int* room = (int*)(keys + units);      // [2][THREADS / 32]
+    int* above = room + 2 * THREADS / 32;  // [THREADS] of a thread's segment: units with more than the least kept
+    int* equal = above + THREADS;          // [THREADS] and with just as much
+    const float* from = noise + (long long)blockIdx.x * units;
+    for (int u = threadIdx.x; u < units; u += THREADS) keys[u] = __float_as_uint(from[u]);
+    __syncthreads();
+    // The largest key that at least `count` units reach, bit by bit; of noise of p, all units that reach it.
+    unsigned least = __float_as_uint(p);
+    if (count >= 0) {
+        least = 0;
+        for (int bit = 29; bit >= 0; --bit) {
+            const unsigned candidate = least | 1u << bit;
+            int n = 0;
+            for (int u = threadIdx.x; u < units; u += THREADS) n += keys[u] >= candidate;
+            if (block_sum(n, room + bit % 2 * (THREADS / 32)) >= count) least = candidate;
+        }
+    }
+    const int length = (units + THREADS - 1) / THREADS;
+    const int begin = min((int)threadIdx.x * length, units), end = min(begin + length, units);
+    int more = 0, same = 0;
+    for (int u = begin; u < end; ++u) more += keys[u] > least, same += keys[u] == least;
+    above[threadIdx.x] = more, equal[threadIdx.x] = same;
+    __syncthreads();
+    int more_before = 0, same_before = 0, more_in_all = 0, same_in_all = 0;
+    for (int i = 0; i < THREADS; ++i) {
+        more_before += i < threadIdx.x ? above[i] : 0, same_before += i < threadIdx.x ? equal[i] : 0;
+        more_in_all += above[i], same_in_all += equal[i];
+    }
+    // So many of those that have just as much.
+    const int room_left = count >= 0 ? count - more_in_all : same_in_all;
+    int* list = kept + (long long)blockIdx.x * width;
+    for (int u = begin; u < end; ++u) {
+        const bool is_more = keys[u] > least, is_same = keys[u] == least && same_before < room_left;
+        if (is_more || is_same) list[more_before + min(same_before, room_left)] = u;
+        factors[(long long)blockIdx.x * units + u] = is_more || is_same ? scale : 0.f;
+        more_before += is_more, same_before += keys[u] == least;
+    }
+    for (int i = more_in_all + min(same_in_all, room_left) + threadIdx.x; i < width; i += THREADS) list[i] = units;
+}
+
 #define SIDE 32
 
 // packed[k][n] = weight[row of n][k], rounded as an operand; zeros in the columns past the last output. Outputs are in

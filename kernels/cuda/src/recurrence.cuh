@@ -122,7 +122,7 @@ static __device__ __forceinline__ void clear(ForwardSum& sum) {
 static __device__ __forceinline__ void multiply(ForwardSum& sum, const real* const (&rows)[DEPTH], const real* h,
                                                 int lane) {
     const int group = lane / UNITS, unit = lane % UNITS;
-    if (GUARD(group >= LANE_GROUPS)) return;
+    if (group >= LANE_GROUPS) return;  // nothing of theirs is stored
 #pragma unroll
     for (int k = 0; k < DEPTH; ++k) {
         const float4 w = *(const float4*)(rows[k] + 4 * unit);

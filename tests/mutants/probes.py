@@ -1,0 +1,192 @@
+"""Short runs of the emulated CUDA kernels that fail if anything about them is wrong: each is a function that raises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from sd_plugin.kernels import Kept, Steps, Wanted, reference
+from sd_plugin.kernels.cuda import choices, lstm, packing, pattern, precision
+from sd_plugin.kernels.cuda.precision import Precision
+from sd_plugin.kernels.cuda.tiling import Tile
+
+Probe = Callable[[], None]
+_TOLERANCE = {Precision.STRICT: 2e-6, Precision.TF32: 3e-3, Precision.F16: 4e-3, Precision.BF16: 3e-2}
+_STEPS = Steps.packed((11, 11, 6, 2))
+_INPUTS = 3
+
+
+def assert_close(name: str, got: Tensor, exact: Tensor, tolerance: float) -> None:
+    """The largest error, relative to the largest value."""
+    error = (got.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-9)
+    assert error <= tolerance, f"{name}: error {error:.1e}"
+
+
+@contextmanager
+def in_precision(wanted: Precision) -> Iterator[None]:
+    """Layers and products take float32 operands in this precision."""
+    with mock.patch.object(precision, "_allows_tf32", return_value=wanted is Precision.TF32):
+        yield
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's operands and, in float64, its results.
+
+    Attributes:
+        operands: by name; expected: of the forward pass and then of the backward pass.
+    """
+
+    operands: dict[str, Any]
+    expected: list[Tensor]
+
+    @classmethod
+    @cache
+    def of(cls, wanted: Precision, hidden: int, kind: str, reverse: bool) -> Layer:
+        """A layer with a recurrent pattern that is ``kept``, ``padded``, a ``mask`` or ``none``."""
+        generator = torch.Generator().manual_seed(hidden)
+
+        def normal(*shape: int) -> Tensor:
+            return (torch.randn(shape, generator=generator) * 0.7).to(wanted.dtype)
+
+        steps, batch, rows = len(_STEPS.batch_sizes or ()), 11, 30
+        weights = [normal(4 * hidden, _INPUTS), normal(4 * hidden, hidden) * hidden**-0.5]
+        weights += [normal(4 * hidden), normal(4 * hidden)]
+        noise = torch.rand(steps, hidden, generator=generator)
+        pattern_h: Any = None
+        if kind == "mask":
+            pattern_h = (torch.rand(steps, batch, hidden, generator=generator) < 0.5).to(wanted.dtype) * 2
+        elif kind != "none":
+            count = hidden // 2 + 1 if kind == "kept" else None
+            indices, _ = reference.kept_lists(noise, count, 0.4, 1.0)
+            pattern_h = Kept(indices, hidden, 1.75, padded=kind == "padded")
+        states = [normal(batch, hidden) for _ in range(4)]
+        operands = {
+            "weights": weights, "x": normal(rows, _INPUTS), "states": states, "dy": normal(rows, hidden),
+            "pattern": pattern_h, "reverse": reverse,
+        }  # fmt: skip
+        high = {
+            name: [v.double() for v in value] if isinstance(value, list) else value.double()
+            if isinstance(value, Tensor) else value
+            for name, value in operands.items()
+        }  # fmt: skip
+        return cls(operands, _run(reference, high))
+
+
+def _run(backend: Any, layer: dict[str, Any]) -> list[Tensor]:
+    """Results of the forward and of the backward pass."""
+    packed = backend.lstm_pack(*layer["weights"])
+    h0, c0, dh_n, dc_n = layer["states"]
+    told = (None, layer["pattern"], _STEPS, layer["reverse"])
+    y, h_n, c_n, saved = backend.lstm_forward(packed, layer["x"], h0, c0, *told)
+    grads = backend.lstm_backward(packed, layer["dy"], dh_n, dc_n, layer["x"], *told, saved, Wanted())
+    return [y, h_n, c_n, *grads]
+
+
+def layer(wanted: Precision, tile: Tile | None, hidden: int, kind: str, reverse: bool = False) -> Probe:
+    """A layer in persistent kernels of ``tile``, or step by step."""
+
+    def probe() -> None:
+        expected = Layer.of(wanted, hidden, kind, reverse)
+        with in_precision(wanted), mock.patch.object(choices, "recurrence", return_value=tile):
+            got = _run(lstm, expected.operands)
+        for index, (result, exact) in enumerate(zip(got, expected.expected, strict=True)):
+            assert_close(f"result {index}", result, exact, _TOLERANCE[wanted])
+
+    return probe
+
+
+def persistent() -> list[Probe]:
+    """Every kind of tile: parts and slices that are not full, rings that turn, steps with few chunks."""
+    found = []
+    for wanted in (Precision.STRICT, Precision.TF32, Precision.F16):
+        for units, tiles in ((12, 1), (4, 2)):
+            for resident in (False, True):
+                tile = Tile(wanted, units, tiles, resident)
+                found += [layer(wanted, tile, 22, "kept"), layer(wanted, tile, 22, "mask", reverse=True)]
+    # More chunks than the rings have stages.
+    found += [layer(Precision.TF32, Tile(Precision.TF32, 12, 1, False), 530, "none")]
+    found += [
+        layer(Precision.STRICT, Tile(Precision.STRICT, 16, 2, resident), 30, "padded") for resident in (True, False)
+    ]
+    return found
+
+
+def step_by_step() -> list[Probe]:
+    """Cells between products."""
+    # An odd number of units leaves columns of zeros in half precision.
+    found = [layer(wanted, None, 23, kind) for wanted in (Precision.STRICT, Precision.F16) for kind in ("kept", "mask")]
+    return [*found, layer(Precision.STRICT, None, 22, "none", reverse=True)]
+
+
+def draws(units: int, count: int | None) -> Probe:
+    """Kept units from noise, with ties."""
+
+    def probe() -> None:
+        noise = (torch.rand(3, units, generator=torch.Generator().manual_seed(units)) * 50).floor() / 50
+        p = 0.5
+        kept, factors = pattern.kept_lists(noise, count, p, 2.0)
+        if count is None:
+            expected = noise >= p
+        else:
+            # The first of equals.
+            order = noise.sort(dim=1, descending=True, stable=True).indices[:, :count]
+            expected = torch.zeros(3, units, dtype=torch.bool).scatter_(1, order, True)
+        assert torch.equal(Kept(kept, units, padded=True).mask(), expected)
+        assert torch.equal(kept.sort(1).values, kept)
+        assert factors is not None and torch.equal(factors, expected * 2.0)
+
+    return probe
+
+
+def orders(units: int, count: int, wanted: Precision) -> Probe:
+    """Kept units sorted for the banks of shared memory, from a list with entries that name none."""
+
+    def probe() -> None:
+        generator = torch.Generator().manual_seed(count)
+        chosen = (
+            torch.stack([torch.randperm(units, generator=generator)[:count] for _ in range(3)]).sort(1).values.int()
+        )
+        chosen[0, -2:], chosen[1, 0] = units, -1
+        listed = lstm.pattern_of(Kept(chosen, units, 2.0, padded=True), 3, units, wanted)
+        classes = 8 if wanted.dtype.itemsize == 2 else 4
+        assert listed.order is not None and listed.factors is not None
+        for step, row in enumerate(listed.order.tolist()):
+            valid = sorted(u for u in chosen[step].tolist() if 0 <= u < units)
+            assert sorted(u for u in row if u != units) == valid
+            assert row[len(valid) :] == [units] * (count - len(valid))
+            full = min(sum(u % classes == c for u in valid) for c in range(classes))
+            rounds = [row[classes * i : classes * (i + 1)] for i in range(full)]
+            assert all(sorted(u % classes for u in turn) == list(range(classes)) for turn in rounds)
+            expected = torch.zeros(units)
+            expected[valid] = 2.0
+            assert torch.equal(listed.factors[step], expected)
+
+    return probe
+
+
+def packs(outputs: int, units: int, groups: int) -> Probe:
+    """A weight by rows of units."""
+
+    def probe() -> None:
+        weight = torch.randn(outputs, units, generator=torch.Generator().manual_seed(units))
+        packed = packing.by_units(weight, Precision.STRICT, groups)
+        expected = weight.view(groups, outputs // groups, units).transpose(0, 1).reshape(outputs, units).t()
+        assert torch.equal(packed[:, :outputs], expected)
+        assert not packed[:, outputs:].any()
+
+    return probe
+
+
+def patterns() -> list[Probe]:
+    """What is drawn, sorted and packed."""
+    found = [draws(units, count) for units, count in ((300, 150), (7, 3), (300, None), (520, 519), (33, 0))]
+    found += [orders(units, count, wanted) for units, count in ((37, 20), (300, 299)) for wanted in Precision]
+    return [*found, packs(44, 37, 4), packs(35, 70, 1), packs(64, 64, 1)]

@@ -1,0 +1,62 @@
+"""Taking any one barrier, wait, guard or signal out of a CUDA kernel makes a short run of it fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from sd_plugin.kernels.cuda import driver, sources
+
+from ..emulation.emulator import EmulatedDriver, EmulationError, Mutant, mutants
+from . import probes
+
+SOURCES: dict[str, Callable[[], list[probes.Probe]]] = {
+    "cell": probes.step_by_step,
+    "lstm": probes.persistent,
+    "pattern": probes.patterns,
+}
+#: With and without a look at every access to shared memory; the schedule differs from launch to launch.
+TRIES = ((False, 1), (True, 2), (False, 3), (False, 4), (True, 5))
+#: So many mutants are one test.
+BATCH = 6
+
+
+def found(mutant: Mutant, source: str, runs: list[probes.Probe]) -> bool:
+    """Some probe notices."""
+    original = sources.read(source)
+
+    def transform(text: str) -> str:
+        return mutant.text if text == original else text
+
+    for races, seed in TRIES:
+        with driver.use(EmulatedDriver(seed=seed, races=races, transform=transform)):
+            for run in runs:
+                try:
+                    run()
+                except (EmulationError, AssertionError, RuntimeError, IndexError):
+                    return True
+    return False
+
+
+def _batches() -> list[tuple[str, int]]:
+    return [
+        (source, first) for source in SOURCES for first in range(0, len(list(mutants(sources.read(source)))), BATCH)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "first"), _batches())
+def test_every_mutant_is_found(source: str, first: int) -> None:
+    runs = SOURCES[source]()
+    batch = list(mutants(sources.read(source)))[first : first + BATCH]
+    unnoticed = [f"line {m.line}: {m.name}" for m in batch if not found(m, source, runs)]
+    assert not unnoticed
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("races", "seed"), TRIES)
+def test_the_sources_as_they_are_pass(source: str, races: bool, seed: int) -> None:
+    with driver.use(EmulatedDriver(seed=seed, races=races)):
+        for run in SOURCES[source]():
+            run()
