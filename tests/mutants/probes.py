@@ -12,10 +12,25 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from sd_plugin.kernels import Kept, Steps, Wanted, reference
+from sd_plugin.kernels import (
+    Kept,
+    Steps,
+    Wanted,
+    cross_entropy_backward,
+    cross_entropy_forward,
+    gemm_bp,
+    gemm_fp,
+    gemm_pack,
+    gemm_wg,
+    reference,
+)
 from sd_plugin.kernels.cuda import choices, lstm, packing, pattern, precision
 from sd_plugin.kernels.cuda.precision import Precision
 from sd_plugin.kernels.cuda.tiling import Tile
+
+from ..emulation.emulator import EmulatedDriver
+from ..kernels import test_cuda_decoder
+from ..kernels.test_cuda_decoder import Case
 
 Probe = Callable[[], None]
 _TOLERANCE = {Precision.STRICT: 2e-6, Precision.TF32: 3e-3, Precision.F16: 4e-3, Precision.BF16: 3e-2}
@@ -190,3 +205,109 @@ def patterns() -> list[Probe]:
     found = [draws(units, count) for units, count in ((300, 150), (7, 3), (300, None), (520, 519), (33, 0))]
     found += [orders(units, count, wanted) for units, count in ((37, 20), (300, 299)) for wanted in Precision]
     return [*found, packs(44, 37, 4), packs(35, 70, 1), packs(64, 64, 1)]
+
+
+def product(wanted: Precision, steps: Steps, rows: tuple[int, ...], units: int, outputs: int, kind: str) -> Probe:
+    """The three products of a pattern, skipping and with zeros in place of dropped units, which hold NaN here."""
+
+    def probe() -> None:
+        generator = torch.Generator().manual_seed(units)
+        count = steps.count(torch.empty(*rows, 0))
+        noise = torch.rand(1 if kind == "locked" else count, units, generator=generator)
+        indices, _ = reference.kept_lists(noise, None if kind == "padded" else units // 2 + 1, 0.4, 1.0)
+        if kind == "wild":
+            indices[0, 0], indices[-1, -1] = -3, units + 5
+        kept = Kept(indices.expand(count, -1), units, 1.75, padded=kind == "padded")
+        valid = (kept.indices >= 0) & (kept.indices < units)
+        exact = Kept(torch.where(valid, kept.indices, units).sort(1).values, units, 1.75, padded=True)
+        x, dy = (torch.randn(*rows, n, generator=generator).to(wanted.dtype) for n in (units, outputs))
+        weight = torch.randn(units, outputs, generator=generator).to(wanted.dtype)
+        bias = torch.randn(outputs, generator=generator).to(wanted.dtype)
+        dropped = steps.spread(exact.mask()).expand_as(x)
+        x = torch.where(dropped, x, float("nan"))
+        high = [tensor.double() for tensor in (x, dy, weight, bias)]
+        expected = [
+            reference.gemm_fp(high[0], high[2], high[3], exact, steps),
+            reference.gemm_bp(high[1], high[2], exact, steps),
+            reference.gemm_wg(high[0], high[1], exact, steps),
+        ]
+        for way in ("skip", "dense"):
+            with in_precision(wanted), mock.patch.dict("os.environ", SD_PLUGIN_CUDA_PRODUCTS=way):
+                packed = gemm_pack(weight)
+                got = [gemm_fp(x, packed, kept, steps, bias), gemm_bp(dy, packed, kept, steps)]
+                got.append(gemm_wg(x, dy, kept, steps))
+            for name, result, right in zip(("fp", "bp", "wg"), got, expected, strict=True):
+                assert_close(f"{name}, {way}", result, right, _TOLERANCE[wanted])
+
+    return probe
+
+
+def products() -> list[Probe]:
+    """Tiles that are not full, several of them, more steps than are looked up at once."""
+    packed, major, first = Steps.packed((70, 13, 3)), Steps(0), Steps(1)
+    found = []
+    for wanted in (Precision.STRICT, Precision.TF32, Precision.F16):
+        found += [
+            product(wanted, packed, (86,), 150, 139, "padded"),
+            product(wanted, major, (3, 20), 70, 260, "wild"),
+            product(wanted, first, (9, 2), 37, 21, "locked"),
+        ]
+    return [*found, product(Precision.STRICT, major, (140, 1), 9, 5, "padded"), unsorted]
+
+
+def unsorted() -> None:
+    """A list that does not ascend gives no result worth having, and reads and writes nothing else."""
+    units = 1000
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.stack([torch.randperm(units, generator=generator) for _ in range(2)]).int()
+    indices[:, ::3] -= 10**6
+    kept = Kept(indices, units)
+    with mock.patch.dict("os.environ", SD_PLUGIN_CUDA_PRODUCTS="skip"):
+        gemm_wg(torch.ones(2, 3, units), torch.ones(2, 3, 5), kept)
+
+
+def cross_entropy(dtype: torch.dtype, rows: int, columns: int) -> Probe:
+    """The loss and its gradient, with a target that is ignored."""
+
+    def probe() -> None:
+        generator = torch.Generator().manual_seed(columns)
+        logits = (torch.randn(rows, columns + 1, generator=generator) * 5).to(dtype)[:, 1:]
+        target = torch.randint(columns, (rows,), generator=generator)
+        target[0] = -100
+        scale = torch.randn(rows, generator=generator).to(dtype)
+        told = (target, -100, 0.1)
+        loss, lse = reference.cross_entropy_forward(logits.double(), *told)
+        gradient = reference.cross_entropy_backward(logits.double(), *told, lse, scale.double())
+        got, got_lse = cross_entropy_forward(logits, *told)
+        bound = 2e-6 if dtype == torch.float32 else 2e-2
+        assert_close("loss", got, loss, bound)
+        assert_close("gradient", cross_entropy_backward(logits, *told, got_lse, scale), gradient, bound)
+
+    return probe
+
+
+def losses() -> list[Probe]:
+    """Rows shorter and longer than what the threads take at once."""
+    return [cross_entropy(dtype, 3, n) for dtype in (torch.float32, torch.float16) for n in (3, 41, 700, 5000)]
+
+
+def decoder(case: Case) -> Probe:
+    """The decoder, both passes."""
+
+    def probe() -> None:
+        low, kept = case.tensors(), case.kept()
+        test_cuda_decoder.check(case, test_cuda_decoder.run(case), low, kept)
+
+    return probe
+
+
+def decoders() -> list[Probe]:
+    """Both attentions, sources with a tail, more units than threads."""
+    return [
+        decoder(Case()),
+        decoder(Case(Precision.F16, source=70, batch=5, masks=True, time_dim=0)),
+        decoder(Case(Precision.TF32, layers=1, general=False, hidden=13, source=37)),
+        decoder(Case(hidden=600, layers=1, count=2, source=3)),
+        # A pattern of what is fed back that is not the output's.
+        lambda: test_cuda_decoder.test_pattern_of_the_feed_applies_at_every_step(EmulatedDriver()),
+    ]

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from sd_plugin.kernels.cuda import driver, sources
 
 from ..emulation.emulator import EmulatedDriver, EmulationError, Mutant, mutants
+from ..kernels.conftest import emulated_cuda
 from . import probes
 
 SOURCES: dict[str, Callable[[], list[probes.Probe]]] = {
     "cell": probes.step_by_step,
+    "decoder": probes.decoders,
+    "gemm": probes.products,
+    "loss": probes.losses,
     "lstm": probes.persistent,
     "pattern": probes.patterns,
 }
@@ -20,6 +24,14 @@ SOURCES: dict[str, Callable[[], list[probes.Probe]]] = {
 TRIES = ((False, 1), (True, 2), (False, 3), (False, 4), (True, 5))
 #: So many mutants are one test.
 BATCH = 6
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The public functions take the CUDA backend, which takes CPU tensors."""
+    with emulated_cuda(monkeypatch):
+        monkeypatch.setenv("SD_PLUGIN_BACKEND", "cuda")
+        yield
 
 
 def found(mutant: Mutant, source: str, runs: list[probes.Probe]) -> bool:
