@@ -18,7 +18,7 @@ from .cases import kept_units, layouts, noise_of, tensor_of
 from .conftest import emulated_cuda
 
 H100 = Properties("H100", 132, 232448, (9, 0))
-TOLERANCE = {Precision.STRICT: 1e-5, Precision.TF32: 3e-3, Precision.F16: 5e-3, Precision.BF16: 4e-2}
+TOLERANCE = {Precision.STRICT: 1e-5, Precision.TF32: 6e-3, Precision.F16: 6e-3, Precision.BF16: 5e-2}
 TILES = [
     tile for precision in Precision for tile in tiling.tiles(precision)
     if tile.fits(40, 70, 40, True, H100)
@@ -43,8 +43,11 @@ def test_every_tile(
         "bias_hh": (4 * hidden,), "x": layout.rows(inputs), "dy": layout.rows(hidden),
         **dict.fromkeys(("h0", "c0", "dh_n", "dc_n"), (layout.batch, hidden)),
     }  # fmt: skip
+    # Small weights, so that no error grows from step to step.
+    sizes = {"weight_hh": 0.5 * hidden**-0.5}
     low = {
-        name: (tensor_of(seed + i, *shape) * 0.5).to(precision.dtype) for i, (name, shape) in enumerate(shapes.items())
+        name: (tensor_of(seed + i, *shape) * sizes.get(name, 0.5)).to(precision.dtype)
+        for i, (name, shape) in enumerate(shapes.items())
     }
     high = {name: tensor.double() for name, tensor in low.items()}
     told = (None, pattern.double() if isinstance(pattern, torch.Tensor) else pattern, layout.steps, reverse)
