@@ -65,7 +65,7 @@ def cross_entropy(
 class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
     """``nn.CrossEntropyLoss`` in arguments and value; :func:`cross_entropy` where that applies.
 
-    It does for int64 class indices ``[R]`` without class weights, in float32 or float64 where a backend is made for it.
+    It does for int64 class indices ``[R]`` without class weights, where a backend is made for the dtype of the logits.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -83,6 +83,4 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 def _is_supported(logits: Tensor) -> bool:
-    if logits.dtype not in (torch.float32, torch.float64):
-        return False
     return kernels.choose("cross_entropy", logits.device, logits.dtype, counted=False).NAME != "reference"

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, SupportsFloat
 
 import torch
 
+from . import kernels
 from .kernels import Kept
 
 if TYPE_CHECKING:
@@ -103,25 +104,11 @@ def draw_kept(
     if p == 0.0 or size == 0:
         return Kept.all(steps, size, device)
     noise = torch.rand(min(steps, 1) if locked else steps, size, device=device, generator=generator)
-    if sampling == "exact":
-        k = kept_count(size, p)
-        indices = noise.topk(k, dim=1, sorted=False).indices.sort(1).values.int()
-        scale = size / k
-    else:
-        indices = _bernoulli_indices(noise >= p)
-        scale = 1.0 / (1.0 - p)
-    return Kept(indices.expand(steps, -1), size, scale, padded=sampling == "bernoulli")
-
-
-def _bernoulli_indices(keep: Tensor) -> Tensor:
-    """``[T, k]`` ascending kept positions of ``keep`` ``[T, H]``, rows filled up with ``H``."""
-    size = keep.shape[1]
-    positions = torch.arange(size, dtype=torch.int32, device=keep.device)
-    indices = torch.where(keep, positions, size).sort(1).values.int()
-    if keep.device.type == "cpu" and keep.shape[0]:
-        # Only here is the longest row known without waiting for a device.
-        indices = indices[:, : max(1, int(keep.sum(1).max()))]
-    return indices
+    count = kept_count(size, p) if sampling == "exact" else None
+    scale = 1.0 / (1.0 - p) if count is None else size / count
+    indices, factors = kernels.kept_lists(noise, count, p, scale)
+    factors = None if factors is None else factors.expand(steps, -1)
+    return Kept(indices.expand(steps, -1), size, scale, padded=count is None, factors=factors)
 
 
 def draw_mask(
