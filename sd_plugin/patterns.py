@@ -54,7 +54,8 @@ class Case(str, Enum):
 def check_probability(p: object, name: str = "p") -> float:
     """``p`` as a float; ValueError unless it is in [0, 1)."""
     # Text is no number, though float() would read one out of it.
-    if not isinstance(p, SupportsFloat):
+    # (Of a float that need not be asked, which takes longer than drawing a pattern.)
+    if not isinstance(p, (float, int, SupportsFloat)):
         raise ValueError(f"{name} must be a number in [0, 1), got {p!r}")
     value = float(p)
     if not 0.0 <= value < 1.0:

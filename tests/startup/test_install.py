@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FOLDERS = {"sd_plugin": "sd_plugin", "kernels": "sd_plugin/kernels", "patches": "sd_plugin/patches"}
-SHIPPED = {".py", ".typed", ".cpp", ".cu", ".cuh", ".h", ".hpp"}
+SHIPPED = {".py", ".typed", ".cpp", ".cu", ".cuh", ".h", ".hpp", ".json"}
 
 
 def contents(wheel: Path) -> set[str]:
