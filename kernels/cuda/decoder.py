@@ -115,7 +115,7 @@ class _Call:
         self.layers, self.layout, self.like = len(weights.cells), Steps(time_dim), emb
         self.batch, self.count, self.embed = emb.shape
         self.source, self.hidden = memory.shape[1:]
-        self.lengths = lengths.to(emb.device, torch.int32, non_blocking=True).contiguous()
+        self.lengths = lengths.to(emb.device, torch.int32).contiguous()
         self._unit = Unit("decoder", (("SD_PRECISION", int(self.precision)),))
         strides = (1, self.count) if time_dim else (self.batch, 1)
         self._place = (self.count, *strides)

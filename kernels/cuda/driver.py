@@ -25,6 +25,7 @@ OPTIONS = ("--std=c++17",)
 #: Shared memory that a block may use without asking for more.
 _PLAIN_SHARED = 48 * 1024
 _MAX_SHARED_OPTIN = 97  # cudaDevAttrMaxSharedMemoryPerBlockOptin
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 class Unit(NamedTuple):
@@ -140,6 +141,7 @@ class CuPyDriver:
     ) -> None:
         from cupy.cuda import driver as api
 
+        _ensure_context(index)
         function = self._functions.get((unit, name, index)) or self._function(unit, name, index)
         function.allow_shared(shared)
         stream = torch._C._cuda_getCurrentRawStream(index)
@@ -151,9 +153,21 @@ class CuPyDriver:
 
     def _function(self, unit: Unit, name: str, index: int) -> _Function:
         """Compiled, or read from CuPy's cache, at first use on each device."""
+        _ensure_context(index)
         function = _Function(_module(unit).get_function(name))
         self._functions[unit, name, index] = function
         return function
+
+
+def _ensure_context(index: int) -> None:
+    """A thread that autograd has started may not have a context yet: to be on device 0 is nothing it had to ask for."""
+    from cupy.cuda import driver as api
+    from cupy.cuda import runtime
+
+    if not api.ctxGetCurrent():
+        runtime.setDevice(index)
+        if not api.ctxGetCurrent():  # CUDA < 12 waits for a call that needs one
+            runtime.free(0)
 
 
 @cache
@@ -167,7 +181,6 @@ class _Function:
     """A kernel on the current device, and how much shared memory it has been granted."""
 
     def __init__(self, kernel: Any) -> None:
-        self._kernel = kernel
         self._loaded = kernel.kernel  # keeps the module loaded
         self.pointer: int = self._loaded.ptr
         self._granted = _PLAIN_SHARED
@@ -175,7 +188,9 @@ class _Function:
     def allow_shared(self, size: int) -> None:
         """Let blocks use ``size`` bytes."""
         if size > self._granted:
-            self._kernel.max_dynamic_shared_size_bytes = size
+            from cupy.cuda import driver as api
+
+            api.funcSetAttribute(self.pointer, _MAX_DYNAMIC_SHARED, size)
             self._granted = size
 
 

@@ -13,7 +13,8 @@ import torch
 from ..steps import Steps
 from . import choices
 from .driver import Unit, driver, launch
-from .precision import Precision, of_products, product
+from .packing import by_units
+from .precision import Precision, cublas, of_products, product
 from .rows import Rows, rows_of
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def gemm_pack(weight_t: Tensor) -> PackedMatrix:
     """Pack ``[K, N]``. Not rounded: in what precision it is multiplied may change before it is."""
     _check("weight_t", weight_t)
     units, columns = weight_t.shape
+    if weight_t.t().is_contiguous():  # as torch holds a weight
+        plain = {torch.float16: Precision.F16, torch.bfloat16: Precision.BF16}.get(weight_t.dtype, Precision.STRICT)
+        return PackedMatrix(by_units(weight_t.t(), plain), columns)
     per_copy = _COPY // weight_t.element_size()
     padded = -(-columns // per_copy) * per_copy
     rows = weight_t.new_empty(units, padded)
@@ -100,6 +104,9 @@ def fp(
     rows = x.shape[:-1]
     if kept is None or not choices.skips("fp", precision, kept):
         x, scale = _dropped(x, kept, steps, precision)
+        if bias is not None and scale == 1.0 and dtype in (None, x.dtype):
+            with cublas(precision is Precision.TF32):
+                return torch.addmm(bias, x, weight.matrix).view(*rows, weight.columns)
         y = product(x, weight.matrix, precision, dtype)
         return _finished(y, scale, bias).view(*rows, weight.columns)
     call = _Call.of("fp", kept, steps, x)

@@ -55,23 +55,32 @@ def _allows_tf32(flags: Any) -> bool:
 
 @contextmanager
 def cublas(tf32: bool) -> Iterator[None]:
-    """cuBLAS rounds float32 operands to TF32, or does not, whatever the program chose for its own products."""
+    """cuBLAS rounds float32 operands to TF32, or does not, whatever the program chose for its own products.
+
+    The choice is one of the whole process; what it was comes back in the form in which it was made.
+    """
     flags: Any = torch.backends.cuda.matmul
-    value: Any
-    try:
-        before = flags.allow_tf32
-        name, value = "allow_tf32", tf32
-    except RuntimeError:
+    if hasattr(flags, "fp32_precision"):  # torch >= 2.9
         before = flags.fp32_precision
-        name, value = "fp32_precision", "tf32" if tf32 else "ieee"
-    if before == value:
+        if tf32 is (before == "tf32"):
+            yield
+            return
+        flags.fp32_precision = "tf32" if tf32 else "ieee"
+        try:
+            yield
+        finally:
+            flags.fp32_precision = before
+        return
+    if flags.allow_tf32 is tf32:
         yield
         return
-    setattr(flags, name, value)
+    # The flag alone would forget "medium".
+    level = torch.get_float32_matmul_precision()
+    flags.allow_tf32 = tf32
     try:
         yield
     finally:
-        setattr(flags, name, before)
+        torch.set_float32_matmul_precision(level)
 
 
 def product(a: Tensor, b: Tensor, precision: Precision, dtype: torch.dtype | None = None) -> Tensor:

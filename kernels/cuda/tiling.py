@@ -28,13 +28,19 @@ class Tile(NamedTuple):
         precision: of the operands.
         units: hidden units, all four gates of each: 4, 8, 12 or 16.
         tiles: rows of the batch, in eights.
-        resident: the block's part of the weight stays in shared memory; else kept rows are streamed through it.
+        w_stages: chunks of kept rows of the weight that a warp has on their way through shared memory; 0: the block's
+            part of the weight stays there, whole.
     """
 
     precision: Precision
     units: int
     tiles: int
-    resident: bool
+    w_stages: int
+
+    @property
+    def resident(self) -> bool:
+        """The block's part of the weight stays in shared memory."""
+        return self.w_stages == 0
 
     @property
     def batch(self) -> int:
@@ -53,13 +59,8 @@ class Tile(NamedTuple):
 
     @property
     def h_stages(self) -> int:
-        """Chunks of kept rows of ``h`` that a warp has on their way."""
-        return 6 if self.tiles <= 4 else 4
-
-    @property
-    def w_stages(self) -> int:
-        """Chunks of kept rows of the weight that a warp has on their way."""
-        return 6 if self.tiles > 4 else 12 if self.tiles < 4 and self.units <= 12 else 8
+        """Chunks of kept rows of ``h`` that a warp has on their way: no more than of the weight's."""
+        return 6 if self.tiles <= 4 and self.w_stages != 4 else 4
 
     def unit(self) -> Unit:
         """The translation unit of this tile."""
@@ -96,7 +97,8 @@ class Tile(NamedTuple):
         """Bytes of shared memory of ``lstm_forward``; ``count`` kept units a step, ``listed`` or all."""
         weight = (hidden + 1) if self.resident else WARPS * self.w_stages * self.depth
         ring = self.h_stages * self.depth * self._padded_batch() * self._size
-        sums = 4 * self.units * self.batch * 4
+        pitch = 4 * self.batch + (4 if self.precision is Precision.STRICT else 8)
+        sums = self.units * pitch * 4
         own = WARPS * max(ring, sums) + self.units * self.batch * 4
         return _aligned(weight * self._row()) + self._lists(count, listed) + own
 
@@ -107,7 +109,8 @@ class Tile(NamedTuple):
         vectors = self.units * self.batch // 4
         groups = max(1, THREADS // vectors)
         sums = max(4, groups) * self.units * self.batch * 4
-        return _aligned(weight * self._row()) + self._lists(count, listed) + gradients + sums
+        factors = 2 * self.units * 4
+        return _aligned(weight * self._row()) + self._lists(count, listed) + gradients + sums + factors
 
     def fits(self, hidden: int, batch: int, count: int, listed: bool, device: Properties) -> bool:
         """All blocks run at once, one on each multiprocessor, with the shared memory they need."""
@@ -122,9 +125,12 @@ def tiles(precision: Precision) -> Iterator[Tile]:
     """
     for units in (4, 8, 12, 16):
         for rows in (1, 2, 3, 4, 8):
-            for resident in (True, False):
-                if rows < 8 or units <= (8 if resident else 12):
-                    yield Tile(precision, units, rows, resident)
+            if rows < 8 or units <= 8:
+                yield Tile(precision, units, rows, 0)
+            if rows < 8 or units <= 12:
+                yield Tile(precision, units, rows, 6 if rows > 4 else 12 if rows < 4 and units <= 12 else 8)
+            if rows < 8 and units >= 12:  # as many as a GPU with less shared memory has room for
+                yield Tile(precision, units, rows, 4)
 
 
 @cache
@@ -144,6 +150,10 @@ _SHARED_BYTES = 218_000.0
 _MULTIPLY_ADDS = {Precision.STRICT: 0.11e6, Precision.TF32: 1.1e6, Precision.F16: 2.2e6, Precision.BF16: 2.2e6}
 
 
+#: A stream with fewer stages waits for L2 now and then.
+_SHALLOW = {4: 1.2}
+
+
 def _microseconds(tile: Tile, hidden: int, batch: int, count: int) -> float:
     """Estimated time of a step, forward and backward, without what does not depend on the tile."""
     parts, size = tile.parts(hidden), tile.precision.dtype.itemsize
@@ -152,6 +162,6 @@ def _microseconds(tile: Tile, hidden: int, batch: int, count: int) -> float:
     from_shared = weight / _SHARED_BYTES
     exchanged = count * tile.batch * size
     shares = count * tile.batch * 4 + parts * tile.units * tile.batch * 4 * count / hidden
-    streamed = 0.0 if tile.resident else 2 * weight
+    streamed = 2 * weight * _SHALLOW.get(tile.w_stages, 1.0) if tile.w_stages else 0.0
     barriers = 2 * (1.0 + 0.002 * parts)
     return barriers + 2 * (products + from_shared) + (exchanged + shares + streamed) / _L2_BYTES

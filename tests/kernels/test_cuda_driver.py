@@ -31,6 +31,20 @@ class FakeGPU:
     launches: list[dict[str, Any]] = field(default_factory=list)
     granted: dict[tuple[str, int], int] = field(default_factory=dict)
     fault: Exception | None = None
+    context: int = 1
+    context_after: str = "setDevice"  #: which call makes one
+
+    def grant(self, function: int, attribute: int, size: int) -> None:
+        assert attribute == 8
+        self.granted[self.functions[function]] = size
+
+    def set_device(self, index: int) -> None:
+        self.current = index
+        self.context = int(self.context_after == "setDevice")
+
+    def free(self, pointer: int) -> None:
+        assert pointer == 0
+        self.context = 1
 
     def module(self, code: str, options: tuple[str, ...], backend: str) -> Any:
         assert backend == "nvrtc"
@@ -38,6 +52,7 @@ class FakeGPU:
         return SimpleNamespace(get_function=lambda name: _Kernel(self, name))
 
     def launch(self, cooperative: bool, function: int, *rest: int) -> None:
+        assert self.context, "CUDA_ERROR_INVALID_CONTEXT"
         grid, _, _, threads, _, _, shared, stream, parameters = rest[:9]
         name, index = self.functions[function]
         values = []
@@ -72,14 +87,6 @@ class _Kernel:
         self._gpu.functions.append((self._name, self._gpu.current))
         return SimpleNamespace(ptr=len(self._gpu.functions) - 1)
 
-    @property
-    def max_dynamic_shared_size_bytes(self) -> int:
-        return self._gpu.granted.get((self._name, self._gpu.current), 48 * 1024)
-
-    @max_dynamic_shared_size_bytes.setter
-    def max_dynamic_shared_size_bytes(self, size: int) -> None:
-        self._gpu.granted[self._name, self._gpu.current] = size
-
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
@@ -107,8 +114,14 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
     cuda.driver = SimpleNamespace(
         launchKernel=lambda *args: fake.launch(False, *args),
         launchCooperativeKernel=lambda *args: fake.launch(True, *args),
+        ctxGetCurrent=lambda: fake.context,
+        funcSetAttribute=fake.grant,
     )
-    cuda.runtime = SimpleNamespace(deviceGetAttribute=lambda attribute, index: {97: 232448}[attribute])
+    cuda.runtime = SimpleNamespace(
+        deviceGetAttribute=lambda attribute, index: {97: 232448}[attribute],
+        setDevice=fake.set_device,
+        free=fake.free,
+    )
     cupy.cuda = cuda
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
@@ -157,6 +170,17 @@ def test_more_shared_memory_is_asked_for_on_each_device(gpu: FakeGPU) -> None:
     for index, shared in ((0, 1000), (0, 100_000), (0, 60_000), (1, 200_000)):
         launched(cuda, index, shared=shared)
     assert gpu.granted == {("cell_forward", 0): 100_000, ("cell_forward", 1): 200_000}
+
+
+@pytest.mark.parametrize("call", ["setDevice", "free"])
+def test_a_thread_without_a_context_gets_one(gpu: FakeGPU, call: str) -> None:
+    """As the one in which autograd runs the backward pass."""
+    cuda = CuPyDriver()
+    gpu.context, gpu.context_after = 0, call
+    launched(cuda, 0)
+    gpu.context = 0
+    launched(cuda, 0)
+    assert len(gpu.launches) == 2
 
 
 def test_properties(gpu: FakeGPU) -> None:
@@ -211,7 +235,10 @@ def test_what_is_used_of_cupy_is_there() -> None:
 
     assert callable(cupy.cuda.driver.launchKernel)
     assert callable(cupy.cuda.driver.launchCooperativeKernel)
-    assert callable(cupy.cuda.runtime.deviceGetAttribute)
+    assert callable(cupy.cuda.driver.ctxGetCurrent)
+    assert callable(cupy.cuda.driver.funcSetAttribute)
+    for name in ("deviceGetAttribute", "setDevice", "free"):
+        assert callable(getattr(cupy.cuda.runtime, name))
     kernel = cupy.RawModule(code=sources.read("cell"), options=Unit("cell").options(), backend="nvrtc")
     assert hasattr(type(kernel), "get_function")
 

@@ -123,14 +123,12 @@ def persistent() -> list[Probe]:
     found = []
     for wanted in (Precision.STRICT, Precision.TF32, Precision.F16):
         for units, tiles in ((12, 1), (4, 2)):
-            for resident in (False, True):
-                tile = Tile(wanted, units, tiles, resident)
+            for stages in (12, 0):
+                tile = Tile(wanted, units, tiles, stages)
                 found += [layer(wanted, tile, 22, "kept"), layer(wanted, tile, 22, "mask", reverse=True)]
     # More chunks than the rings have stages.
-    found += [layer(Precision.TF32, Tile(Precision.TF32, 12, 1, False), 530, "none")]
-    found += [
-        layer(Precision.STRICT, Tile(Precision.STRICT, 16, 2, resident), 30, "padded") for resident in (True, False)
-    ]
+    found += [layer(Precision.TF32, Tile(Precision.TF32, 12, 1, stages), 530, "none") for stages in (4, 12)]
+    found += [layer(Precision.STRICT, Tile(Precision.STRICT, 16, 2, stages), 30, "padded") for stages in (8, 0)]
     return found
 
 

@@ -122,9 +122,8 @@ static __device__ __forceinline__ float4 load_shared_by_blocks(const float4* p) 
 
 // A counter in global memory on which blocks wait for each other. Everything this block wrote before `announce` (by
 // the calling thread, or before a barrier of the block) is seen by whoever has `await`ed the count, and by its block
-// after a barrier. Called by one thread of a block.
+// after a barrier: release and acquire are cumulative, and no other fence is needed. Called by one thread of a block.
 static __device__ __forceinline__ void announce(unsigned* counter) {
-    __threadfence();
     asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
 static __device__ __forceinline__ void await(const unsigned* counter, unsigned count) {
@@ -132,7 +131,6 @@ static __device__ __forceinline__ void await(const unsigned* counter, unsigned c
     do {
         asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
     } while (seen < count);
-    __threadfence();
 }
 // A launch that breaks what the kernel relies on must not end as if it had worked.
 static __device__ __forceinline__ void stop_unless(bool holds) {

@@ -7,11 +7,14 @@
 #include "device.cuh"
 #include "recurrence.cuh"
 
+#if !SD_RESIDENT && SD_W_STAGES < SD_H_STAGES
+#error "the wait for rows of h would not cover those of the weight"
+#endif
 #define H_STAGE (DEPTH * LD_BATCH)
 #define W_STAGE (DEPTH * LD_WEIGHT)
 // What a warp has for itself: kept rows of h on their way in, then its sums on their way out.
 #define WARP_BYTES_IN (SD_H_STAGES * H_STAGE * (int)sizeof(real))
-#define WARP_BYTES_OUT (COLUMNS * BATCH * (int)sizeof(float))
+#define WARP_BYTES_OUT (UNITS * UNIT_PITCH * (int)sizeof(float))
 #define WARP_BYTES (WARP_BYTES_IN > WARP_BYTES_OUT ? WARP_BYTES_IN : WARP_BYTES_OUT)
 
 // The kept units of the steps, three steps of them in shared memory: this one's, the next one's, that after it.
@@ -252,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_forward(
             float s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) {
-                const float* from = (const float*)(warps + w * WARP_BYTES) + at / BATCH * 4 * BATCH + at % BATCH;
+                const float* from = (const float*)(warps + w * WARP_BYTES) + at / BATCH * UNIT_PITCH + at % BATCH;
 #pragma unroll
                 for (int j = 0; j < 4; ++j) s[j] += from[j * BATCH];
             }
@@ -343,25 +346,34 @@ static __device__ __forceinline__ void backward_product(float* partial, const Ti
 
 // The sum of all blocks' shares of dh for the block's own units, in [UNITS][BATCH] of every group of threads.
 #define VECTORS (UNITS * BATCH / 4)
+#define SHARES 8
 #define GROUPS (VECTORS >= THREADS ? 1 : THREADS / VECTORS)
-static __device__ __forceinline__ void gather_shares(float* groups, const float* partial, const float* kept,
+static __device__ __forceinline__ void gather_shares(float* groups, const float* partial, const float* factors,
                                                      const Slice& own, int hidden) {
     for (int e = threadIdx.x; e < GROUPS * VECTORS; e += THREADS) {
         const int group = e / VECTORS, at = e % VECTORS * 4, u = own.unit + at / BATCH;
         // Nobody wrote the share of a unit that was not kept.
-        if (!GUARD(u < hidden) || (kept && __ldg(kept + u) == 0.f)) continue;
+        if (!GUARD(u < hidden) || (factors && factors[at / BATCH] == 0.f)) continue;
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
         const float* from = partial + (long long)own.unit * BATCH + at;
-#pragma unroll 4
-        for (int part = group; part < own.parts; part += GROUPS) {
-            const float4 x = load_shared_by_blocks((const float4*)(from + (long long)part * hidden * BATCH));
-            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        // Several loads on their way at once: each takes as long as it takes to L2.
+        for (int part = group; part < own.parts; part += SHARES * GROUPS) {
+            float4 x[SHARES];
+#pragma unroll
+            for (int i = 0; i < SHARES; ++i) {
+                const int at_part = part + i * GROUPS;
+                x[i] = GUARD(at_part < own.parts)
+                           ? load_shared_by_blocks((const float4*)(from + (long long)at_part * hidden * BATCH))
+                           : make_float4(0.f, 0.f, 0.f, 0.f);
+            }
+#pragma unroll
+            for (int i = 0; i < SHARES; ++i) sum.x += x[i].x, sum.y += x[i].y, sum.z += x[i].z, sum.w += x[i].w;
         }
         *(float4*)(groups + group * UNITS * BATCH + at) = sum;
     }
 }
 
-// Shared memory: resident weight or rings of rows, lists, the gates' gradients, sums of the groups, biases.
+// Shared memory: resident weight or rings of rows, lists, the gates' gradients, sums of the groups, multipliers.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_backward(
     const real* __restrict__ weight,    // all of these as in lstm_forward
     const int* __restrict__ order, const float* __restrict__ kept, const float* __restrict__ mask,
@@ -392,6 +404,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_backward(
     unsigned char* lists_at = shared + aligned(weight_size * sizeof(real));
     real* gradients = (real*)(lists_at + (order ? aligned(3 * count * sizeof(int)) : 0));  // [COLUMNS][LD_BATCH]
     float* groups = (float*)((unsigned char*)gradients + aligned(COLUMNS * LD_BATCH * sizeof(real)));
+    float* factors = groups + (GROUPS > 4 ? GROUPS : 4) * UNITS * BATCH;  // [2][UNITS]
     Tiles tiles;
     tiles.lists.order = order, tiles.lists.shared = (int*)lists_at, tiles.lists.count = count;
     tiles.weight = weight, tiles.resident = resident;
@@ -402,6 +415,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_backward(
     float dh[OWNED], dc[OWNED], bias_sum[OWNED][4], next_dy[OWNED], next_c[OWNED], c[OWNED];
     float4 next_gates[OWNED];
     bool was_active[OWNED];
+    // Of the step whose shares come next, and of the one after it, whose values are on their way.
+    float factor[OWNED], next_factor[OWNED];
     const auto saved = [&](int t) {
         return (long long)(t * slices + own.slice) * hidden * BATCH + own.unit * BATCH;
     };
@@ -411,28 +426,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_backward(
         const int t = times.at(step), rows = times.rows(t);
         for_owned(own, hidden, [&](int i, int at, int u, int b) {
             if (!GUARD(b < rows)) return;
+            next_factor[i] = multiplier(kept, mask, t, b, u, batch, hidden);
             next_gates[i] = gates[saved(t) + at];
             next_dy[i] = to_float(dy[times.row(t, b) * hidden + u]);
             next_c[i] = step + 1 < steps ? cells[saved(times.at(step + 1)) + at] : c0[(long long)b * hidden + u];
         });
     };
+    // Multipliers of the block's own units, for whoever gathers their shares.
+    const auto fetch_factors = [&](int step) {
+        const int u = own.unit + threadIdx.x;
+        if (!kept || step >= steps || threadIdx.x >= UNITS || u >= hidden) return;
+        factors[step % 2 * UNITS + threadIdx.x] = __ldg(kept + (long long)times.at(step) * hidden + u);
+    };
     // dh of the state before step `step - 1` of this order, once its shares are there.
     const auto receive = [&](int step) {
         if (threadIdx.x == 0) await(counters + own.slice * 32, (unsigned)step * parts);
         __syncthreads();
-        const int t = times.at(step - 1);
         gather_shares(groups,
                       partial + (long long)((step - 1) % 2 * slices + own.slice) * parts * hidden * BATCH,
-                      kept ? kept + (long long)t * hidden : 0, own, hidden);
+                      kept ? factors + (step - 1) % 2 * UNITS : 0, own, hidden);
         __syncthreads();
-        for_owned(own, hidden, [&](int i, int at, int u, int b) {
+        for_owned(own, hidden, [&](int i, int at, int, int) {
             if (!was_active[i]) return;
-            const float factor = multiplier(kept, mask, t, b, u, batch, hidden);
             float sum = 0.f;
-            if (!kept || factor != 0.f)
+            if (!kept || factor[i] != 0.f)
 #pragma unroll
                 for (int group = 0; group < GROUPS; ++group) sum += groups[group * UNITS * BATCH + at];
-            dh[i] = sum * factor;
+            dh[i] = sum * factor[i];
         });
     };
 
@@ -447,6 +467,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_backward(
     });
     tiles.lists.fetch(0, steps, !reverse);
     tiles.lists.fetch(1, steps, !reverse);
+    fetch_factors(0);
     prefetch(0);
 #if SD_RESIDENT
     load_resident(resident, weight, hidden, columns, 4 * own.unit);
@@ -463,6 +484,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_backward(
         float4 dgate[OWNED];
         for_owned(own, hidden, [&](int i, int at, int, int b) {
             was_active[i] = GUARD(b < rows);
+            factor[i] = next_factor[i];
             dgate[i] = make_float4(0.f, 0.f, 0.f, 0.f);
             if (was_active[i]) {
                 const float in = next_gates[i].x, forget = next_gates[i].y, cell = next_gates[i].z,
@@ -494,6 +516,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) lstm_backward(
                     gradients[(e % UNITS * 4 + gate) * LD_BATCH + e / COLUMNS];
         }
         tiles.lists.fetch(step + 2, steps, !reverse);
+        fetch_factors(step + 1);
         prefetch(step + 1);
     }
     if (steps > 0) receive(steps);

@@ -17,6 +17,8 @@
 // Depth of one tensor-core product: kept units visited together.
 #define DEPTH (SD_HALF ? 16 : 8)
 #define PER_COPY ((int)(16 / sizeof(real)))
+// A warp's sums of one unit, four gates of BATCH: apart by other than a turn of the banks.
+#define UNIT_PITCH (4 * BATCH + (SD_PRECISION == SD_STRICT ? 4 : 8))
 // Elements of the block's state that one thread keeps in registers.
 #define OWNED ((UNITS * BATCH + THREADS - 1) / THREADS)
 // For conditions that keep an index in range.
@@ -69,6 +71,21 @@ static __device__ __forceinline__ void for_owned(const Slice& own, int hidden, F
     for (int i = 0; i < OWNED; ++i) {
         const int at = threadIdx.x + i * THREADS, u = own.unit + at / BATCH;
         if (GUARD(at < UNITS * BATCH) && GUARD(u < hidden)) f(i, at, u, own.row + at % BATCH);
+    }
+}
+
+template <int N>
+static __device__ __forceinline__ void store_floats(float* to, const float (&from)[N]) {
+    if (N % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < N / 4; ++i)
+            ((float4*)to)[i] = make_float4(from[4 * i], from[4 * i + 1], from[4 * i + 2], from[4 * i + 3]);
+    } else if (N % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) ((float2*)to)[i] = make_float2(from[2 * i], from[2 * i + 1]);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) to[i] = from[i];
     }
 }
 
@@ -137,14 +154,17 @@ static __device__ __forceinline__ void multiply(ForwardSum& sum, const real* con
         }
     }
 }
-// To [COLUMNS][BATCH].
+// To [UNITS] of [4][BATCH], UNIT_PITCH apart.
 static __device__ __forceinline__ void store(float* to, const ForwardSum& sum, int lane) {
     const int group = lane / UNITS, unit = lane % UNITS;
     if (GUARD(group >= LANE_GROUPS)) return;
 #pragma unroll
-    for (int i = 0; i < LANE_ROWS; ++i)
+    for (int j = 0; j < 4; ++j) {
+        float row[LANE_ROWS];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) to[(4 * unit + j) * BATCH + group * LANE_ROWS + i] = sum.value[i][j];
+        for (int i = 0; i < LANE_ROWS; ++i) row[i] = sum.value[i][j];
+        store_floats(to + unit * UNIT_PITCH + j * BATCH + group * LANE_ROWS, row);
+    }
 }
 #else
 // Tensor-core tiles of 16 columns x 8 rows of the batch.
@@ -199,9 +219,10 @@ static __device__ __forceinline__ void store(float* to, const ForwardSum& sum, i
     for (int m = 0; m < UNITS / 4; ++m)
 #pragma unroll
         for (int n = 0; n < SD_TILES; ++n) {
-            float* tile = to + 16 * m * BATCH + 8 * n;
-            *(float2*)(tile + g * BATCH + 2 * q) = make_float2(sum.value[m][n][0], sum.value[m][n][1]);
-            *(float2*)(tile + (g + 8) * BATCH + 2 * q) = make_float2(sum.value[m][n][2], sum.value[m][n][3]);
+            // Rows g and g + 8 of the tile: gates g % 4 of units g / 4 and g / 4 + 2.
+            float* low = to + (4 * m + g / 4) * UNIT_PITCH + g % 4 * BATCH + 8 * n + 2 * q;
+            *(float2*)low = make_float2(sum.value[m][n][0], sum.value[m][n][1]);
+            *(float2*)(low + 2 * UNIT_PITCH) = make_float2(sum.value[m][n][2], sum.value[m][n][3]);
         }
 }
 #endif
@@ -250,8 +271,7 @@ static __device__ __forceinline__ void multiply(BackwardSum& sum, const real* fi
 }
 // To rows of BATCH.
 static __device__ __forceinline__ void store(float* to, const BackwardSum& sum, int which, int lane) {
-#pragma unroll
-    for (int j = 0; j < PAIR_ROWS; ++j) to[lane % 4 * PAIR_ROWS + j] = sum.value[which][j];
+    store_floats(to + lane % 4 * PAIR_ROWS, sum.value[which]);
 }
 #else
 struct BackwardOperand {
