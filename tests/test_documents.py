@@ -41,6 +41,39 @@ def test_the_table_of_the_benchmark_is_what_its_samples_give() -> None:
     assert table == done.stdout
 
 
+def test_the_tables_of_the_kernels_are_what_the_code_gives() -> None:
+    """No kernel has changed since it was compiled for them, and what the backend launches is what they say."""
+    script = ROOT / "benchmarks" / "cuda_resources.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_document_of_the_kernels_names_what_there_is() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    folder = ROOT / "kernels" / "cuda"
+    for name in set(re.findall(r"`(src/\w+\.cuh?|\w+\.json|\w+\.py)`", text)):
+        assert any((place / name).is_file() for place in (folder, ROOT / "scripts")), name
+    for name in set(re.findall(r"`((?:kernels|tests|benchmarks|scripts)/[\w./]+)`", text)):
+        assert (ROOT / name).exists(), name
+    code = "".join(path.read_text(encoding="utf-8") for path in (*folder.glob("*.py"), *(folder / "src").iterdir()))
+    for name in set(re.findall(r"SD_PLUGIN_CUDA_\w+", text)):
+        assert f'"{name}"' in code, name
+    kernels = set(re.findall(r"__global__ void(?:\s+__launch_bounds__\([^)]*\))?\s+(\w+)\(", code))
+    probes = {"noop", "barrier_counter", "barrier_flags", "gather_rows"}
+    described = set(re.findall(r"`((?:gemm|lstm|cell|decoder|cross_entropy|kept|order|pack|keep)_\w+)`", text))
+    assert kernels - probes == described & kernels
+
+
+def test_one_wait_is_enough_for_both_rings() -> None:
+    """What docs/kernels.md says of the ring of the weight, and the sources rely on."""
+    from sd_plugin.kernels.cuda import tiling
+    from sd_plugin.kernels.cuda.precision import Precision
+
+    streamed = [tile for precision in Precision for tile in tiling.tiles(precision) if not tile.resident]
+    assert streamed
+    assert all(tile.w_stages >= tile.h_stages for tile in streamed)
+
+
 def test_the_training_compared_in_the_readme_took_that_long() -> None:
     results = (ROOT / "benchmarks" / "results" / "README.md").read_text(encoding="utf-8")
     took = dict(re.findall(r"^\| \[multi30k_(\w+)\].* (\d+) \|$", results, re.MULTILINE))

@@ -127,7 +127,7 @@ def tiles(precision: Precision) -> Iterator[Tile]:
         for rows in (1, 2, 3, 4, 8):
             if rows < 8 or units <= 8:
                 yield Tile(precision, units, rows, 0)
-            if rows < 8 or units <= 12:
+            if rows < 8 or units <= (8 if precision is Precision.STRICT else 12):
                 yield Tile(precision, units, rows, 6 if rows > 4 else 12 if rows < 4 and units <= 12 else 8)
             if rows < 8 and units >= 12:  # as many as a GPU with less shared memory has room for
                 yield Tile(precision, units, rows, 4)

@@ -27,7 +27,7 @@ TILES = [
 
 @settings(max_examples=2 * len(TILES))
 @given(
-    data=st.data(), tile=st.sampled_from(TILES), layout=layouts(max_batch=20), hidden=st.integers(1, 40),
+    data=st.data(), tile=st.sampled_from(TILES), layout=layouts(max_batch=20), hidden=st.integers(1, 40) | st.just(130),
     seed=st.integers(0, 10**6), reverse=st.booleans(),
 )  # fmt: skip
 def test_every_tile(

@@ -346,7 +346,7 @@ static __device__ __forceinline__ void backward_product(float* partial, const Ti
 
 // The sum of all blocks' shares of dh for the block's own units, in [UNITS][BATCH] of every group of threads.
 #define VECTORS (UNITS * BATCH / 4)
-#define SHARES 8
+#define SHARES (SD_TILES > 4 ? 4 : 8)
 #define GROUPS (VECTORS >= THREADS ? 1 : THREADS / VECTORS)
 static __device__ __forceinline__ void gather_shares(float* groups, const float* partial, const float* factors,
                                                      const Slice& own, int hidden) {

@@ -274,8 +274,13 @@ static __device__ __forceinline__ void store(float* to, const BackwardSum& sum, 
     store_floats(to + lane % 4 * PAIR_ROWS, sum.value[which]);
 }
 #else
+// A lane's part of the gradients is kept in registers where there are enough.
+#define SD_LOADS_LATE (!SD_HALF && SD_TILES > 4)
 struct BackwardOperand {
+    const real* gradients;
+#if !SD_LOADS_LATE
     unsigned value[COLUMNS / DEPTH][SD_TILES][2];
+#endif
 };
 struct BackwardSum {
     float value[SD_TILES][4];
@@ -308,16 +313,19 @@ static __device__ __forceinline__ void multiply(BackwardSum& sum, const real* ro
 }
 #else
 // The columns of a product are taken in another order, the same in both operands: a lane's two lie side by side.
+static __device__ __forceinline__ void load(unsigned (&value)[2], const real* gradients, int k, int n, int lane) {
+    const real* at = gradients + (8 * k + lane % 4 * 2) * LD_BATCH + 8 * n + lane / 4;
+    value[0] = __float_as_uint(at[0]);
+    value[1] = __float_as_uint(at[LD_BATCH]);
+}
 static __device__ __forceinline__ void load(BackwardOperand& operand, const real* gradients, int lane) {
-    const int g = lane / 4, q = lane % 4;
+    operand.gradients = gradients;
+#if !SD_LOADS_LATE
 #pragma unroll
     for (int k = 0; k < COLUMNS / DEPTH; ++k)
 #pragma unroll
-        for (int n = 0; n < SD_TILES; ++n) {
-            const real* at = gradients + (8 * k + 2 * q) * LD_BATCH + 8 * n + g;
-            operand.value[k][n][0] = __float_as_uint(at[0]);
-            operand.value[k][n][1] = __float_as_uint(at[LD_BATCH]);
-        }
+        for (int n = 0; n < SD_TILES; ++n) load(operand.value[k][n], gradients, k, n, lane);
+#endif
 }
 static __device__ __forceinline__ int lane_unit(int lane, int which) { return lane / 4 + 8 * which; }
 static __device__ __forceinline__ void multiply(BackwardSum& sum, const real* first, const real* second,
@@ -329,7 +337,15 @@ static __device__ __forceinline__ void multiply(BackwardSum& sum, const real* fi
         const unsigned a[4] = {__float_as_uint(x.x), __float_as_uint(y.x), __float_as_uint(x.y),
                                __float_as_uint(y.y)};
 #pragma unroll
-        for (int n = 0; n < SD_TILES; ++n) mma_tf32(sum.value[n], a, operand.value[k][n]);
+        for (int n = 0; n < SD_TILES; ++n) {
+#if SD_LOADS_LATE
+            unsigned b[2];
+            load(b, operand.gradients, k, n, lane);
+            mma_tf32(sum.value[n], a, b);
+#else
+            mma_tf32(sum.value[n], a, operand.value[k][n]);
+#endif
+        }
     }
 }
 #endif
