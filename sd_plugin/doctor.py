@@ -38,6 +38,8 @@ VARIABLES = {
     RECURRENT_VARIABLE: "recurrent dropout for targets torch and targer; not set: that of the dropout around the LSTM",
     "SD_PLUGIN_BACKEND": "auto (default), or forces a backend",
     "SD_PLUGIN_REPORT": "1: counters of what was dropped and skipped, when a program ends",
+    "SD_PLUGIN_CUDA_RECURRENCE": "persistent or steps: how an LSTM layer runs on a GPU; not set: whichever fits",
+    "SD_PLUGIN_CUDA_PRODUCTS": "skip or dense: how products run on a GPU; not set: what should be faster",
     "SD_PLUGIN_CXX": "the compiler of the CPU backend; not set: CXX, g++ or c++",
     "SD_PLUGIN_CPU_ISA": "avx512, avx2 or portable, instead of the most the machine has",
     "SD_PLUGIN_CACHE": "where compiled libraries and cloned hosts are kept; not set: in XDG_CACHE_HOME or ~/.cache",
