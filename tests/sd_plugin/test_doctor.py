@@ -121,7 +121,8 @@ def test_every_host_declares_itself():
         assert entry.name == name
         assert entry.target in TARGETS
         assert entry.modules
-        assert not entry.enabled()
+        # Another test of this process may have imported the host.
+        assert entry.enabled() in (False, True)
         assert all(isinstance(finding, Finding) for finding in entry.find({}))
 
 
@@ -132,3 +133,9 @@ def test_no_host_is_imported_to_be_found():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_no_host_is_enabled_before_it_is_imported():
+    program = "from sd_plugin import patches; print([n for n, host in patches.registry().items() if host.enabled()])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout == "[]\n"
