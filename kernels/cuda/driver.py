@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
@@ -225,7 +225,7 @@ class _Parameters(threading.local):
                 values.append(0)
             else:
                 kinds.append("Q")
-                values.append(argument.data_ptr())  # type: ignore[union-attr]
+                values.append(cast("Tensor", argument).data_ptr())
         _packer("".join(kinds)).pack_into(self._values, 0, *values)
         return self._address
 

@@ -66,7 +66,7 @@ class Pattern(NamedTuple):
 
 
 def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> PackedLSTM:
-    """Pack parameters of ``torch.nn.LSTM``'s shapes."""
+    """Pack parameters of ``torch.nn.LSTM``'s shapes: ``[4H, I]``, ``[4H, H]``, ``[4H]`` or None."""
     precision = of_recurrence(weight_hh.dtype)
     # The input's weight is rounded by whatever multiplies it; the recurrent one would be, at every step.
     plain = Precision.STRICT if precision is Precision.TF32 else precision
@@ -78,6 +78,11 @@ def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias
 
 
 def pattern_of(pattern: Kept | Tensor | None, steps: int, hidden: int, precision: Precision) -> Pattern:
+    """A recurrent pattern of ``steps`` steps of ``hidden`` units, sorted for operands of ``precision``.
+
+    Args:
+        pattern: kept units ``[T, k]`` with their scale, a multiplier ``[T, B, H]``, or None.
+    """
     if pattern is None:
         return Pattern(None, None, None, hidden, 1.0)
     if isinstance(pattern, torch.Tensor):
