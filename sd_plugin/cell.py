@@ -12,7 +12,7 @@ from .dropout import StructuredDropout
 from .functional import LayerCall, Operand, lstm_layer, pack_parameters
 from .hints import Draw, Part
 from .kernels import TIME_MAJOR, Kept, Steps
-from .lstm import check_mode
+from .lstm import check_mode, with_dropout_mode
 from .patterns import Case, check_probability, check_sampling, draw
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class StackedStructuredLSTM(nn.Module):
         layers: nn.ModuleList | None = None,
     ) -> None:
         super().__init__()
-        self.mode = check_mode(mode)
+        self.dropout_mode = check_mode(mode)
         if mode == "nr_st" and recurrent_dropout:
             raise ValueError("mode nr_st has no recurrent dropout; use nr_rh_st, or recurrent_dropout=0")
         self.num_layers = num_layers
@@ -72,8 +72,11 @@ class StackedStructuredLSTM(nn.Module):
 
     @property
     def case(self) -> Case:
-        """The case of Fig. 1 that ``mode`` amounts to."""
-        return Case.of(self.mode != "random", False)
+        """The case of Fig. 1 that ``dropout_mode`` amounts to."""
+        return Case.of(self.dropout_mode != "random", False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(with_dropout_mode(state))
 
     def start(self, steps: int, batch: int, like: Tensor) -> StackedRun:
         """Draw the patterns of a whole sequence and pack the weights once for it.

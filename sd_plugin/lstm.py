@@ -23,16 +23,18 @@ if TYPE_CHECKING:
 MODES = ("random", "nr_st", "nr_rh_st")
 
 
-_OPTIONS = (
-    "recurrent_dropout",
-    "input_dropout",
-    "output_dropout",
-    "mode",
-    "locked",
-    "sampling",
-    "native",
-    "site",
-)
+#: What ``__init__`` adds to the arguments of ``nn.LSTM`` -> the attribute that holds it. One of the latter has another
+#: name, because ``nn.LSTM`` keeps its own kind in ``mode``, which cuDNN is asked for.
+_OPTIONS = {
+    "recurrent_dropout": "recurrent_dropout",
+    "input_dropout": "input_dropout",
+    "output_dropout": "output_dropout",
+    "mode": "dropout_mode",
+    "locked": "locked",
+    "sampling": "sampling",
+    "native": "native",
+    "site": "site",
+}
 
 
 def check_mode(mode: str) -> str:
@@ -40,6 +42,20 @@ def check_mode(mode: str) -> str:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     return mode
+
+
+def with_dropout_mode(state: dict[str, Any], stock_mode: str | None = None) -> dict[str, Any]:
+    """The state of a pickled module, which may be one from when the option was kept in ``mode``.
+
+    Args:
+        stock_mode: what ``mode`` holds instead; None for no such attribute.
+    """
+    if state.get("mode") not in MODES:
+        return state
+    state = {**state, "dropout_mode": state["mode"], "mode": stock_mode}
+    if stock_mode is None:
+        del state["mode"]
+    return state
 
 
 class StructuredDropoutLSTM(nn.LSTM):
@@ -58,7 +74,8 @@ class StructuredDropoutLSTM(nn.LSTM):
         input_dropout: probability for the first layer's input.
         output_dropout: probability for the last layer's output (both directions together).
         mode: ``"nr_rh_st"`` (default): every dropout structured. ``"nr_st"``: structured, without recurrent
-            dropout. ``"random"``: all dropouts random, products dense: the baseline.
+            dropout. ``"random"``: all dropouts random, products dense: the baseline. Its attribute is
+            ``dropout_mode``, since ``mode`` is ``"LSTM"`` in every ``nn.LSTM``.
         locked: the same units at all time steps (Cases II and IV of Fig. 1).
         sampling: ``"exact"`` or ``"bernoulli"``; see :func:`sd_plugin.patterns.draw_kept`.
         native: use ``nn.LSTM``'s own kernels where nothing can be skipped (eval mode, all probabilities 0, random
@@ -118,7 +135,7 @@ class StructuredDropoutLSTM(nn.LSTM):
         site: str = "lstm",
     ) -> None:
         """Set what ``__init__`` adds to ``nn.LSTM``; arguments and errors as there."""
-        self.mode = check_mode(mode)
+        self.dropout_mode = check_mode(mode)
         self.sampling = check_sampling(sampling)
         self.locked, self.native, self.site = locked, native, site
         check_probability(self.dropout, "dropout")
@@ -159,13 +176,16 @@ class StructuredDropoutLSTM(nn.LSTM):
         """
         checked = cls.from_lstm(lstm, **options)
         lstm.__class__ = cls
-        lstm.__dict__.update({name: checked.__dict__[name] for name in _OPTIONS})
+        lstm.__dict__.update({name: checked.__dict__[name] for name in _OPTIONS.values()})
         return lstm  # type: ignore[return-value]
 
     @property
     def case(self) -> Case:
-        """The case of Fig. 1 that ``mode`` and ``locked`` amount to."""
-        return Case.of(self.mode != "random", self.locked)
+        """The case of Fig. 1 that ``dropout_mode`` and ``locked`` amount to."""
+        return Case.of(self.dropout_mode != "random", self.locked)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(with_dropout_mode(state, "LSTM"))
 
     @opaque
     def forward(  # type: ignore[override]
@@ -314,5 +334,5 @@ class StructuredDropoutLSTM(nn.LSTM):
             "input_dropout": self.input_dropout,
             "output_dropout": self.output_dropout,
         }
-        told = [f"{name}={p}" for name, p in own.items() if p] + [f"mode={self.mode}"]
+        told = [f"{name}={p}" for name, p in own.items() if p] + [f"mode={self.dropout_mode}"]
         return ", ".join([super().extra_repr(), *told])
