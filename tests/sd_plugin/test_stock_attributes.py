@@ -92,22 +92,24 @@ def same(ours: object, stock: object) -> bool:
     return ours == stock if isinstance(ours, (str, int, float, bool, type(None))) else True
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_every_public_attribute_is_that_of_the_stock_object(name: str) -> None:
-    make, make_stock, overridden = PAIRS[name]
+@pytest.mark.parametrize("kind", PAIRS)
+def test_every_public_attribute_is_that_of_the_stock_object(kind: str) -> None:
+    make, make_stock, overridden = PAIRS[kind]
     ours, stock = make(), make_stock()
     assert public(stock) <= public(ours)
-    differing = {attribute for attribute in public(stock) if not same(getattr(ours, attribute), getattr(stock, attribute))}
+    differing = {
+        attribute for attribute in public(stock) if not same(getattr(ours, attribute), getattr(stock, attribute))
+    }
     assert differing <= overridden
     # Those of single objects, private ones included.
     differing = {key for key, value in vars(stock).items() if not same(vars(ours)[key], value)}
     assert not differing
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_a_class_of_ours_defines_nothing_of_its_base_by_accident(name: str) -> None:
+@pytest.mark.parametrize("kind", PAIRS)
+def test_a_class_of_ours_defines_nothing_of_its_base_by_accident(kind: str) -> None:
     """Private names count as well: the base calls its own helpers through the object."""
-    make, make_stock, overridden = PAIRS[name]
+    make, make_stock, overridden = PAIRS[kind]
     ours, stock = make(), make_stock()
     own = {key for cls in type(ours).__mro__ if cls not in type(stock).__mro__ for key in vars(cls)}
     own |= set(vars(ours)) - set(vars(stock))
