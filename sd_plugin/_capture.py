@@ -5,6 +5,7 @@ A module of ours that drops nothing is torch's own to them; one that does is run
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-__all__ = ["Proxy", "as_node", "is_compiling", "is_exporting", "is_stock", "refuse_recording"]
+__all__ = ["NotQuantized", "Proxy", "as_node", "is_recorded", "is_stock", "refuse_recording"]
 
 #: What to do instead, in every message.
 REMEDY = "call .eval() first, or sd_plugin.to_stock(model) for torch's own dropout"
@@ -76,3 +77,29 @@ def as_node(module: nn.Module, stock: Callable[..., Any], drops: bool, *argument
     if drops:
         raise RuntimeError(f"torch.fx cannot record a {type(module).__name__} by itself in training: {REMEDY}")
     return stock(*arguments)
+
+
+class NotQuantized:
+    """The attribute ``qconfig`` of our modules: whoever sets it is told that torch's quantization passes them over.
+
+    `torch.ao.quantization` sets it in every module, and then replaces those whose class it knows.
+    """
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        if module is None:
+            return self
+        try:
+            return module.__dict__["qconfig"]
+        except KeyError:
+            raise AttributeError(f"{owner.__name__!r} object has no attribute 'qconfig'") from None
+
+    def __set__(self, module: nn.Module, value: object) -> None:
+        module.__dict__["qconfig"] = value
+        warnings.warn(
+            f"quantization knows torch's classes by name and leaves this {type(module).__name__}: "
+            "sd_plugin.to_stock(model) first",
+            stacklevel=2,
+        )
+
+    def __delete__(self, module: nn.Module) -> None:
+        module.__dict__.pop("qconfig", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +78,22 @@ class StackedStructuredLSTM(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(with_dropout_mode(state))
+
+    @classmethod
+    def _check_to_stock(cls, name: str) -> None:
+        """TypeError unless the stock class is there; ``name`` is the module's in its model."""
+        if find_spec("onmt") is None:
+            raise TypeError(
+                f"{name or 'the model'} is a {cls.__name__}, whose stock class is the StackedLSTM of OpenNMT-py, which is "
+                "not installed"
+            )
+
+    def _to_stock(self) -> None:
+        from onmt.modules.stacked_rnn import StackedLSTM
+
+        self.__class__ = StackedLSTM
+        for name in ("dropout_mode", "hidden_size", "recurrent_dropout", "output_dropout", "sampling", "site"):
+            del self.__dict__[name]
 
     def start(self, steps: int, batch: int, like: Tensor) -> StackedRun:
         """Draw the patterns of a whole sequence and pack the weights once for it.

@@ -12,6 +12,8 @@ from . import _capture, functional
 class StructuredLinear(nn.Linear):
     """``nn.Linear`` in arguments, parameters and result; faster when its input carries a hint."""
 
+    qconfig = _capture.NotQuantized()
+
     def forward(self, input: Tensor) -> Tensor:
         # (torch.jit.script compiles what is left without this branch.)
         if not torch.jit.is_scripting():

@@ -21,7 +21,7 @@ MODES = ("random", "nr_st", "nr_rh_st")
 
 #: What ``__init__`` adds to the arguments of ``nn.LSTM`` -> the attribute that holds it. One of the latter has another
 #: name, because ``nn.LSTM`` keeps its own kind in ``mode``, which cuDNN is asked for.
-_OPTIONS = {
+OPTIONS = {
     "recurrent_dropout": "recurrent_dropout",
     "input_dropout": "input_dropout",
     "output_dropout": "output_dropout",
@@ -89,6 +89,7 @@ class StructuredDropoutLSTM(nn.LSTM):
     Source: Sarma et al. 2021 (arXiv 2106.12089), section 3.
     """
 
+    qconfig = _capture.NotQuantized()
     #: Not compiled by ``torch.jit.script``.
     __jit_unused_properties__ = [*nn.LSTM.__jit_unused_properties__, "case"]  # noqa: RUF012 - as torch writes it
 
@@ -156,9 +157,9 @@ class StructuredDropoutLSTM(nn.LSTM):
         """
         if lstm.proj_size != 0:
             raise NotImplementedError("StructuredDropoutLSTM has no projections (proj_size must be 0)")
-        unknown = sorted(set(options) - set(_OPTIONS))
+        unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
-            raise TypeError(f"unknown option {', '.join(unknown)}; valid: {', '.join(_OPTIONS)}")
+            raise TypeError(f"unknown option {', '.join(unknown)}; valid: {', '.join(OPTIONS)}")
         module = cls.__new__(cls)
         # Containers are copied, so that each module registers for itself; what they hold is shared.
         own = {k: copy(v) if isinstance(v, (dict, list, set)) else v for k, v in lstm.__dict__.items()}
@@ -174,8 +175,10 @@ class StructuredDropoutLSTM(nn.LSTM):
         Arguments and errors as :meth:`from_lstm`; nothing is changed if one is raised.
         """
         checked = cls.from_lstm(lstm, **options)
-        lstm.__class__ = cls
-        lstm.__dict__.update({name: checked.__dict__[name] for name in _OPTIONS.values()})
+        # One that was converted and then parametrized has a class that torch made of this one.
+        if not isinstance(lstm, cls):
+            lstm.__class__ = cls
+        lstm.__dict__.update({name: checked.__dict__[name] for name in OPTIONS.values()})
         return lstm  # type: ignore[return-value]
 
     @property
