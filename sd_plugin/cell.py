@@ -84,8 +84,8 @@ class StackedStructuredLSTM(nn.Module):
         """TypeError unless the stock class is there; ``name`` is the module's in its model."""
         if find_spec("onmt") is None:
             raise TypeError(
-                f"{name or 'the model'} is a {cls.__name__}, whose stock class is the StackedLSTM of OpenNMT-py, which is "
-                "not installed"
+                f"{name or 'the model'} is a {cls.__name__}, whose stock class is the StackedLSTM of OpenNMT-py, "
+                "which is not installed"
             )
 
     def _to_stock(self) -> None:

@@ -71,10 +71,10 @@ def convert(model: Model, **options: Any) -> Model:
 def to_stock(model: Model) -> Model:
     """Make every module of this library inside ``model`` torch's own again, in place: the inverse of :func:`convert`.
 
-    For what knows torch's classes by name: ``quantize_dynamic``, Opacus, ``torch.jit.script`` of a model in training. It
-    also serves models built of our modules. The objects stay the same ones, with their parameters, hooks and training
-    flags; a dropout keeps its probability and is at random again, and what only ours has, such as recurrent dropout,
-    is gone. Encoders, decoders and cells made for OpenNMT-py become OpenNMT-py's.
+    For what knows torch's classes by name, or records a model in training: ``quantize_dynamic``, Opacus,
+    ``torch.jit.script``. It also serves models built of our modules. The objects stay the same ones, with their
+    parameters, hooks and training flags; a dropout keeps its probability and is at random again, and what only ours
+    has, such as recurrent dropout, is gone. Encoders, decoders and cells made for OpenNMT-py become OpenNMT-py's.
 
     Args:
         model: any module, or one of ours itself. One that holds nothing of ours is left as it is.

@@ -181,9 +181,7 @@ def test_a_parametrized_module_stays_parametrized() -> None:
 def test_the_stack_of_cells_needs_opennmt(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.ModuleDict({"lstm": StructuredDropoutLSTM(2, 3), "cells": StackedStructuredLSTM(2, 3, 4, 0.5)})
     monkeypatch.setattr("sd_plugin.cell.find_spec", lambda name: None)
-    with pytest.raises(
-        TypeError, match="cells is a StackedStructuredLSTM, whose stock class is the StackedLSTM of OpenN"
-    ):
+    with pytest.raises(TypeError, match="^cells is a StackedStructuredLSTM, whose stock class is"):
         to_stock(model)
     # Nothing was changed.
     assert type(model["lstm"]) is StructuredDropoutLSTM
