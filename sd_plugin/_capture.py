@@ -10,8 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Proxy
+from torch import Tensor, fx, nn
 
 __all__ = ["NotQuantized", "Proxy", "as_node", "is_recorded", "is_stock", "refuse_recording"]
 
@@ -24,6 +23,9 @@ OPAQUE = f"what sd_plugin drops is no part of a graph: without fullgraph=True it
 # torch 2.2 has the first of them elsewhere, and the second not at all.
 is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+
+#: What ``torch.fx`` passes through a program in place of a tensor.
+Proxy: Any = fx.Proxy
 
 _PLAIN = (Tensor, nn.Parameter)
 

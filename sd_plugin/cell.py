@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,17 +80,17 @@ class StackedStructuredLSTM(nn.Module):
 
     @classmethod
     def _check_to_stock(cls, name: str) -> None:
-        """TypeError unless the stock class is there; ``name`` is the module's in its model."""
-        if find_spec("onmt") is None:
+        """TypeError unless the stock class can be had; ``name`` is the module's in its model."""
+        try:
+            _opennmt_stack()
+        except ImportError as error:
             raise TypeError(
                 f"{name or 'the model'} is a {cls.__name__}, whose stock class is the StackedLSTM of OpenNMT-py, "
-                "which is not installed"
-            )
+                f"which cannot be imported: {error}"
+            ) from error
 
     def _to_stock(self) -> None:
-        from onmt.modules.stacked_rnn import StackedLSTM
-
-        self.__class__ = StackedLSTM
+        self.__class__ = _opennmt_stack()
         for name in ("dropout_mode", "hidden_size", "recurrent_dropout", "output_dropout", "sampling", "site"):
             del self.__dict__[name]
 
@@ -113,6 +112,12 @@ class StackedStructuredLSTM(nn.Module):
             states.append(layer(input, (h, c)))
             input = states[-1][0]
         return input, (torch.stack([h for h, _ in states]), torch.stack([c for _, c in states]))
+
+
+def _opennmt_stack() -> Any:
+    from onmt.modules.stacked_rnn import StackedLSTM
+
+    return StackedLSTM
 
 
 class StackedRun:

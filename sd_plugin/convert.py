@@ -83,8 +83,8 @@ def to_stock(model: Model) -> Model:
         ``model``.
 
     Raises:
-        TypeError: a :class:`StackedStructuredLSTM` is in it, and OpenNMT-py, of which the stock class is, is not
-            installed. Nothing is changed then.
+        TypeError: a :class:`StackedStructuredLSTM` is in it, and OpenNMT-py, of which the stock class is, cannot be
+            imported. Nothing is changed then.
 
     Subclasses of our classes are left alone, and named in a warning. A checkpoint on disk: ``sd-plugin to-stock``.
 
@@ -99,7 +99,7 @@ def to_stock(model: Model) -> Model:
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if "_check_to_stock" in vars(type(module)):
-            type(module)._check_to_stock(name)  # type: ignore[attr-defined]
+            type(module)._check_to_stock(name)
     left = []
     for name, module in modules.items():
         kind = _unparametrized(module)
@@ -107,7 +107,7 @@ def to_stock(model: Model) -> Model:
             _make_stock(module, *_STOCK[kind])
         # One that is inside another of ours may have been changed by that.
         elif "_to_stock" in vars(kind):
-            module._to_stock()  # type: ignore[operator]
+            module._to_stock()
         elif isinstance(module, tuple(_STOCK)) or hasattr(kind, "_to_stock"):
             left.append(f"{name or 'itself'} ({kind.__name__} is a subclass of one of ours)")
     if left:

@@ -48,7 +48,7 @@ class StructuredDropout(nn.Dropout):
         if not self.training or self.p == 0:
             return input
         # (torch.jit.script compiles what is left without this branch.)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._drop(input)
         raise RuntimeError("a scripted StructuredDropout is for evaluation: sd_plugin.to_stock(model) before scripting")
 

@@ -16,7 +16,7 @@ class StructuredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         # (torch.jit.script compiles what is left without this branch.)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._forward(input)
         return F.linear(input, self.weight, self.bias)
 

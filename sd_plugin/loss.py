@@ -69,7 +69,7 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         # (torch.jit.script compiles what is left without this branch.)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._forward(input, target)
         return F.cross_entropy(
             input,

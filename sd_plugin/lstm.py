@@ -190,7 +190,7 @@ class StructuredDropoutLSTM(nn.LSTM):
         super().__setstate__(with_dropout_mode(state, "LSTM"))
 
     # Two kinds of input, told to torch.jit.script as torch's own module tells it.
-    @overload  # type: ignore[override]
+    @overload
     @torch._jit_internal._overload_method
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         pass
@@ -204,7 +204,7 @@ class StructuredDropoutLSTM(nn.LSTM):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         # (torch.jit.script compiles what is left without this branch.)
-        if not torch.jit.is_scripting():
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             return self._forward(input, hx)
         if isinstance(input, PackedSequence):
             return self._scripted_packed(input, hx)
@@ -381,7 +381,7 @@ class StructuredDropoutLSTM(nn.LSTM):
         y, h, c = _VF.lstm(
             x,
             state,
-            self._flat_weights,
+            self._flat_weights,  # type: ignore[arg-type]
             self.bias,
             self.num_layers,
             self.dropout,
@@ -405,7 +405,7 @@ class StructuredDropoutLSTM(nn.LSTM):
             data,
             batch_sizes,
             state,
-            self._flat_weights,
+            self._flat_weights,  # type: ignore[arg-type]
             self.bias,
             self.num_layers,
             self.dropout,

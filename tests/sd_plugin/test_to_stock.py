@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import warnings
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -180,17 +180,20 @@ def test_a_parametrized_module_stays_parametrized() -> None:
 
 def test_the_stack_of_cells_needs_opennmt(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.ModuleDict({"lstm": StructuredDropoutLSTM(2, 3), "cells": StackedStructuredLSTM(2, 3, 4, 0.5)})
-    monkeypatch.setattr("sd_plugin.cell.find_spec", lambda name: None)
-    with pytest.raises(TypeError, match="^cells is a StackedStructuredLSTM, whose stock class is"):
+    # As if it were not installed.
+    monkeypatch.setitem(sys.modules, "onmt.modules.stacked_rnn", None)
+    told = r"^cells is a StackedStructuredLSTM, whose stock class is the StackedLSTM of OpenNMT-py, which cannot be"
+    with pytest.raises(TypeError, match=told):
         to_stock(model)
     # Nothing was changed.
     assert type(model["lstm"]) is StructuredDropoutLSTM
 
 
-@pytest.mark.skipif(find_spec("onmt") is None, reason="OpenNMT-py is not installed")
 def test_the_stack_of_cells_is_opennmts() -> None:
-    from onmt.modules.stacked_rnn import StackedLSTM
-
+    try:
+        from onmt.modules.stacked_rnn import StackedLSTM
+    except ImportError as error:
+        pytest.skip(f"OpenNMT-py cannot be imported: {error}")
     ours, stock = StackedStructuredLSTM(2, 3, 4, 0.5, recurrent_dropout=0.5).eval(), StackedLSTM(2, 3, 4, 0.5).eval()
     stock.load_state_dict(ours.state_dict())
     x, state = torch.randn(6, 3), (torch.randn(2, 6, 4), torch.randn(2, 6, 4))
