@@ -27,6 +27,9 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambd
 #: What ``torch.fx`` passes through a program in place of a tensor.
 Proxy: Any = fx.Proxy
 
+#: A tensor inside ``torch.func.vmap``, ``grad`` and the like.
+_is_transformed: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -40,7 +43,7 @@ def is_stock(module: nn.Module) -> bool:
 
 def _is_recorded(x: Tensor) -> bool:
     """``x`` stands for a tensor, or what is done with it is written down: kernels cannot be run on it."""
-    if torch._C._get_tracing_state() is not None or x.is_meta:
+    if torch._C._get_tracing_state() is not None or x.is_meta or _is_transformed(x):
         return True
     kind = type(x)
     # A subclass that has operations of its own, as fake tensors do; others are ordinary memory.
@@ -56,8 +59,8 @@ def refuse_recording(module: nn.Module, x: Tensor) -> None:
     """RuntimeError if kernels that ``module`` runs on ``x`` cannot be recorded, or have no memory to run on."""
     if _is_recorded(x):
         raise RuntimeError(
-            f"{type(module).__name__} runs kernels of its own in training, which torch.jit.trace and torch.export "
-            f"cannot record and fake and meta tensors have no memory for: {REMEDY}"
+            f"{type(module).__name__} runs kernels of its own in training, which torch.jit.trace, torch.export and "
+            f"torch.func cannot look into, and for which fake and meta tensors have no memory: {REMEDY}"
         )
 
 

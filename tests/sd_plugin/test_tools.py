@@ -347,6 +347,21 @@ def test_a_fake_tensor_in_training_is_refused() -> None:
     assert re.search(REMEDY, done.stdout)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_transforms_of_torch_func(kind: str) -> None:
+    model, arguments = program(kind)
+
+    def total(model: nn.Module, x: Tensor) -> Tensor:
+        made = model(x, *arguments[1:])
+        return (made[0] if isinstance(made, tuple) else made).square().sum()
+
+    found = torch.func.grad(lambda x: total(model.eval(), x))(arguments[0])
+    torch.testing.assert_close(found, torch.func.grad(lambda x: total(stock(model).eval(), x))(arguments[0]))
+    if kind in DROPPING:
+        with pytest.raises(RuntimeError, match=f"^{kind} runs kernels of its own in training, .*{REMEDY}"):
+            torch.func.grad(lambda x: total(model.train(), x))(arguments[0])
+
+
 def test_a_subclass_of_tensor_that_only_carries_attributes_trains() -> None:
     """As fastai's do."""
 
