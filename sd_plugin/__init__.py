@@ -27,11 +27,12 @@ _EXPORTS = {
     "draw_mask": "sd_plugin.patterns",
     "enable": "sd_plugin.patches",
     "report": "sd_plugin.stats",
+    "to_stock": "sd_plugin.convert",
 }
 
 if TYPE_CHECKING:
     from sd_plugin.cell import StackedStructuredLSTM
-    from sd_plugin.convert import convert
+    from sd_plugin.convert import convert, to_stock
     from sd_plugin.dropout import StructuredDropout
     from sd_plugin.errors import UsageError
     from sd_plugin.linear import StructuredLinear
@@ -56,6 +57,7 @@ __all__ = [
     "draw_mask",
     "enable",
     "report",
+    "to_stock",
 ]
 
 

@@ -12,7 +12,7 @@ from .dropout import StructuredDropout
 from .functional import LayerCall, Operand, lstm_layer, pack_parameters
 from .hints import Draw, Part
 from .kernels import TIME_MAJOR, Kept, Steps
-from .lstm import check_mode
+from .lstm import check_mode, with_dropout_mode
 from .patterns import Case, check_probability, check_sampling, draw
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class StackedStructuredLSTM(nn.Module):
         layers: nn.ModuleList | None = None,
     ) -> None:
         super().__init__()
-        self.mode = check_mode(mode)
+        self.dropout_mode = check_mode(mode)
         if mode == "nr_st" and recurrent_dropout:
             raise ValueError("mode nr_st has no recurrent dropout; use nr_rh_st, or recurrent_dropout=0")
         self.num_layers = num_layers
@@ -72,8 +72,27 @@ class StackedStructuredLSTM(nn.Module):
 
     @property
     def case(self) -> Case:
-        """The case of Fig. 1 that ``mode`` amounts to."""
-        return Case.of(self.mode != "random", False)
+        """The case of Fig. 1 that ``dropout_mode`` amounts to."""
+        return Case.of(self.dropout_mode != "random", False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(with_dropout_mode(state))
+
+    @classmethod
+    def _check_to_stock(cls, name: str) -> None:
+        """TypeError unless the stock class can be had; ``name`` is the module's in its model."""
+        try:
+            _opennmt_stack()
+        except ImportError as error:
+            raise TypeError(
+                f"{name or 'the model'} is a {cls.__name__}, whose stock class is the StackedLSTM of OpenNMT-py, "
+                f"which cannot be imported: {error}"
+            ) from error
+
+    def _to_stock(self) -> None:
+        self.__class__ = _opennmt_stack()
+        for name in ("dropout_mode", "hidden_size", "recurrent_dropout", "output_dropout", "sampling", "site"):
+            del self.__dict__[name]
 
     def start(self, steps: int, batch: int, like: Tensor) -> StackedRun:
         """Draw the patterns of a whole sequence and pack the weights once for it.
@@ -93,6 +112,12 @@ class StackedStructuredLSTM(nn.Module):
             states.append(layer(input, (h, c)))
             input = states[-1][0]
         return input, (torch.stack([h for h, _ in states]), torch.stack([c for _, c in states]))
+
+
+def _opennmt_stack() -> Any:
+    from onmt.modules.stacked_rnn import StackedLSTM
+
+    return StackedLSTM
 
 
 class StackedRun:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
+from torch import Tensor, nn
 
-from torch import nn
-
-from . import functional
+from . import _capture, functional
 from .kernels import Steps
 from .patterns import Case, check_probability, check_sampling
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class StructuredDropout(nn.Dropout):
@@ -51,6 +47,15 @@ class StructuredDropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return input
+        # (torch.jit.script compiles what is left without this branch.)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._drop(input)
+        raise RuntimeError("a scripted StructuredDropout is for evaluation: sd_plugin.to_stock(model) before scripting")
+
+    def _drop(self, input: Tensor) -> Tensor:
+        if isinstance(input, _capture.Proxy):
+            return _capture.as_node(self, super().forward, True, input)  # type: ignore[no-any-return]
+        _capture.refuse_recording(self, input)
         if input.dim() not in (2, 3):
             raise ValueError(f"StructuredDropout takes 2 or 3 dimensions, got shape {tuple(input.shape)}")
         steps = Steps.packed(input.shape[:1]) if input.dim() == 2 else Steps(int(self.batch_first))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from . import kernels
+from . import _capture, kernels
 from ._compile import opaque
 from .functional import once_differentiable
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -66,9 +64,27 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
     """``nn.CrossEntropyLoss`` in arguments and value; :func:`cross_entropy` where that applies.
 
     It does for int64 class indices ``[R]`` without class weights, where a backend is made for the dtype of the logits.
+    What ``torch.compile``, ``torch.export``, ``torch.fx`` and ``torch.jit`` record is torch's own.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        # (torch.jit.script compiles what is left without this branch.)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._forward(input, target)
+        return F.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def _forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if isinstance(input, _capture.Proxy):
+            return _capture.as_node(self, super().forward, False, input, target)  # type: ignore[no-any-return]
+        if _capture.is_recorded(input):
+            return super().forward(input, target)
         indices = input.dim() == 2 and target.dim() == 1 and target.dtype == torch.int64
         if self.weight is not None or not indices or not _is_supported(input):
             return super().forward(input, target)

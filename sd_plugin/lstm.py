@@ -1,38 +1,36 @@
 """An ``nn.LSTM`` whose dropouts let its matrix products skip the dropped units."""
 
-from __future__ import annotations
-
+# No postponed annotations in this file: torch.jit.script reads those of the class.
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, hints
+from . import _capture, functional, hints
 from ._autocast import autocast_dtype
 from ._compile import opaque
 from .functional import LayerCall, Operand
 from .kernels import Steps
 from .patterns import Case, check_probability, check_sampling, draw
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 #: NR+Random (the baseline), NR+ST and NR+RH+ST of the paper's tables.
 MODES = ("random", "nr_st", "nr_rh_st")
 
 
-_OPTIONS = (
-    "recurrent_dropout",
-    "input_dropout",
-    "output_dropout",
-    "mode",
-    "locked",
-    "sampling",
-    "native",
-    "site",
-)
+#: What ``__init__`` adds to the arguments of ``nn.LSTM`` -> the attribute that holds it. One of the latter has another
+#: name, because ``nn.LSTM`` keeps its own kind in ``mode``, which cuDNN is asked for.
+OPTIONS = {
+    "recurrent_dropout": "recurrent_dropout",
+    "input_dropout": "input_dropout",
+    "output_dropout": "output_dropout",
+    "mode": "dropout_mode",
+    "locked": "locked",
+    "sampling": "sampling",
+    "native": "native",
+    "site": "site",
+}
 
 
 def check_mode(mode: str) -> str:
@@ -40,6 +38,20 @@ def check_mode(mode: str) -> str:
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     return mode
+
+
+def with_dropout_mode(state: dict[str, Any], stock_mode: str | None = None) -> dict[str, Any]:
+    """The state of a pickled module, which may be one from when the option was kept in ``mode``.
+
+    Args:
+        stock_mode: what ``mode`` holds instead; None for no such attribute.
+    """
+    if state.get("mode") not in MODES:
+        return state
+    state = {**state, "dropout_mode": state["mode"], "mode": stock_mode}
+    if stock_mode is None:
+        del state["mode"]
+    return state
 
 
 class StructuredDropoutLSTM(nn.LSTM):
@@ -58,7 +70,8 @@ class StructuredDropoutLSTM(nn.LSTM):
         input_dropout: probability for the first layer's input.
         output_dropout: probability for the last layer's output (both directions together).
         mode: ``"nr_rh_st"`` (default): every dropout structured. ``"nr_st"``: structured, without recurrent
-            dropout. ``"random"``: all dropouts random, products dense: the baseline.
+            dropout. ``"random"``: all dropouts random, products dense: the baseline. Its attribute is
+            ``dropout_mode``, since ``mode`` is ``"LSTM"`` in every ``nn.LSTM``.
         locked: the same units at all time steps (Cases II and IV of Fig. 1).
         sampling: ``"exact"`` or ``"bernoulli"``; see :func:`sd_plugin.patterns.draw_kept`.
         native: use ``nn.LSTM``'s own kernels where nothing can be skipped (eval mode, all probabilities 0, random
@@ -75,6 +88,10 @@ class StructuredDropoutLSTM(nn.LSTM):
 
     Source: Sarma et al. 2021 (arXiv 2106.12089), section 3.
     """
+
+    qconfig = _capture.NotQuantized()
+    #: Not compiled by ``torch.jit.script``.
+    __jit_unused_properties__ = [*nn.LSTM.__jit_unused_properties__, "case"]  # noqa: RUF012 - as torch writes it
 
     def __init__(
         self,
@@ -118,7 +135,7 @@ class StructuredDropoutLSTM(nn.LSTM):
         site: str = "lstm",
     ) -> None:
         """Set what ``__init__`` adds to ``nn.LSTM``; arguments and errors as there."""
-        self.mode = check_mode(mode)
+        self.dropout_mode = check_mode(mode)
         self.sampling = check_sampling(sampling)
         self.locked, self.native, self.site = locked, native, site
         check_probability(self.dropout, "dropout")
@@ -129,7 +146,7 @@ class StructuredDropoutLSTM(nn.LSTM):
             raise ValueError("mode nr_st has no recurrent dropout; use nr_rh_st, or recurrent_dropout=0")
 
     @classmethod
-    def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> StructuredDropoutLSTM:
+    def from_lstm(cls, lstm: nn.LSTM, **options: Any) -> "StructuredDropoutLSTM":
         """A second module that shares ``lstm``'s parameters, hooks and training flag.
 
         Args:
@@ -140,9 +157,9 @@ class StructuredDropoutLSTM(nn.LSTM):
         """
         if lstm.proj_size != 0:
             raise NotImplementedError("StructuredDropoutLSTM has no projections (proj_size must be 0)")
-        unknown = sorted(set(options) - set(_OPTIONS))
+        unknown = sorted(set(options) - set(OPTIONS))
         if unknown:
-            raise TypeError(f"unknown option {', '.join(unknown)}; valid: {', '.join(_OPTIONS)}")
+            raise TypeError(f"unknown option {', '.join(unknown)}; valid: {', '.join(OPTIONS)}")
         module = cls.__new__(cls)
         # Containers are copied, so that each module registers for itself; what they hold is shared.
         own = {k: copy(v) if isinstance(v, (dict, list, set)) else v for k, v in lstm.__dict__.items()}
@@ -152,30 +169,73 @@ class StructuredDropoutLSTM(nn.LSTM):
         return module
 
     @classmethod
-    def adopt(cls, lstm: nn.LSTM, **options: Any) -> StructuredDropoutLSTM:
+    def adopt(cls, lstm: nn.LSTM, **options: Any) -> "StructuredDropoutLSTM":
         """Make an existing ``nn.LSTM`` one of this class, in place: same object, parameters and hooks.
 
         Arguments and errors as :meth:`from_lstm`; nothing is changed if one is raised.
         """
         checked = cls.from_lstm(lstm, **options)
-        lstm.__class__ = cls
-        lstm.__dict__.update({name: checked.__dict__[name] for name in _OPTIONS})
+        # One that was converted and then parametrized has a class that torch made of this one.
+        if not isinstance(lstm, cls):
+            lstm.__class__ = cls
+        lstm.__dict__.update({name: checked.__dict__[name] for name in OPTIONS.values()})
         return lstm  # type: ignore[return-value]
 
     @property
     def case(self) -> Case:
-        """The case of Fig. 1 that ``mode`` and ``locked`` amount to."""
-        return Case.of(self.mode != "random", self.locked)
+        """The case of Fig. 1 that ``dropout_mode`` and ``locked`` amount to."""
+        return Case.of(self.dropout_mode != "random", self.locked)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(with_dropout_mode(state, "LSTM"))
+
+    # Two kinds of input, told to torch.jit.script as torch's own module tells it.
+    @overload
+    @torch._jit_internal._overload_method
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        pass
+
+    @overload
+    @torch._jit_internal._overload_method
+    def forward(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        pass
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        # (torch.jit.script compiles what is left without this branch.)
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            return self._forward(input, hx)
+        if isinstance(input, PackedSequence):
+            return self._scripted_packed(input, hx)
+        else:  # noqa: RET505 - of two branches it compiles the one that the input's type takes
+            return self._scripted(input, hx)
+
+    def _forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None) -> Any:
+        if isinstance(input, _capture.Proxy):
+            return _capture.as_node(self, super().forward, self._drops(), input, hx)
+        if self.native and not self.training:
+            return super().forward(input, hx)
+        return self._forward_opaque(input, hx)
 
     @opaque
-    def forward(  # type: ignore[override]
-        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None
+    def _forward_opaque(
+        self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         if self._is_native(input):
             return self._forward_native(input, hx)
         if isinstance(input, PackedSequence):
+            _capture.refuse_recording(self, input.data)
             return self._forward_packed(input, hx)
+        _capture.refuse_recording(self, input)
         return self._forward_tensor(input, hx)
+
+    # (Compiled by torch.jit.script too.)
+    def _drops(self) -> bool:
+        """A dropout is on that ``nn.LSTM`` has not: its own is at random and between layers."""
+        own = self.recurrent_dropout > 0.0 or self.input_dropout > 0.0 or self.output_dropout > 0.0
+        between = self.num_layers > 1 and self.dropout > 0.0 and (self.locked or self.dropout_mode != "random")
+        return self.training and (own or between)
 
     def _is_native(self, input: Tensor | PackedSequence) -> bool:
         """No product can skip, and every dropout inside the stack is one that ``nn.LSTM`` itself does."""
@@ -308,11 +368,73 @@ class StructuredDropoutLSTM(nn.LSTM):
             return (*weights, None, None)
         return (*weights, getattr(self, f"bias_ih_{suffix}"), getattr(self, f"bias_hh_{suffix}"))
 
+    def _scripted(self, input: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """``nn.LSTM.forward`` of a tensor, for ``torch.jit.script``, which knows no ``super()``."""
+        self._refuse_scripted_training()
+        batched = input.dim() == 3
+        batch_dim = 0 if self.batch_first else 1
+        x = input if batched else input.unsqueeze(batch_dim)
+        if hx is not None and not batched:
+            hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        state = self._scripted_state(x, x.size(batch_dim), hx, None)
+        self.check_forward_args(x, state, None)
+        y, h, c = _VF.lstm(
+            x,
+            state,
+            self._flat_weights,  # type: ignore[arg-type]
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+        )
+        if batched:
+            return y, (h, c)
+        return y.squeeze(batch_dim), (h.squeeze(1), c.squeeze(1))
+
+    def _scripted_packed(
+        self, input: PackedSequence, hx: tuple[Tensor, Tensor] | None
+    ) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+        """The same of a packed sequence."""
+        self._refuse_scripted_training()
+        data, batch_sizes, sorted_indices, unsorted_indices = input
+        state = self._scripted_state(data, int(batch_sizes[0]), hx, sorted_indices)
+        self.check_forward_args(data, state, batch_sizes)
+        y, h, c = _VF.lstm(
+            data,
+            batch_sizes,
+            state,
+            self._flat_weights,  # type: ignore[arg-type]
+            self.bias,
+            self.num_layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+        )
+        packed = PackedSequence(y, batch_sizes, sorted_indices, unsorted_indices)
+        return packed, self.permute_hidden((h, c), unsorted_indices)
+
+    def _scripted_state(
+        self, x: Tensor, batch: int, hx: tuple[Tensor, Tensor] | None, sorted_indices: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if hx is not None:
+            return self.permute_hidden(hx, sorted_indices)
+        directions = 2 if self.bidirectional else 1
+        zeros = torch.zeros(self.num_layers * directions, batch, self.hidden_size, dtype=x.dtype, device=x.device)
+        return zeros, zeros
+
+    def _refuse_scripted_training(self) -> None:
+        if self._drops():
+            raise RuntimeError(
+                "a scripted StructuredDropoutLSTM is for evaluation: sd_plugin.to_stock(model) before scripting"
+            )
+
     def extra_repr(self) -> str:
         own = {
             "recurrent_dropout": self.recurrent_dropout,
             "input_dropout": self.input_dropout,
             "output_dropout": self.output_dropout,
         }
-        told = [f"{name}={p}" for name, p in own.items() if p] + [f"mode={self.mode}"]
+        told = [f"{name}={p}" for name, p in own.items() if p] + [f"mode={self.dropout_mode}"]
         return ", ".join([super().extra_repr(), *told])

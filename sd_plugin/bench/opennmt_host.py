@@ -104,7 +104,7 @@ def _make_dense(model: Any) -> None:
     for embeddings in (encoder.embeddings, decoder.embeddings):
         embeddings.dropout = nn.Dropout(embeddings.dropout.p)
     for module in (encoder.rnn, decoder.rnn):
-        module.mode = "random"
+        module.dropout_mode = "random"
     # The attention's products are part of the decoder's operation.
     DenseLinear.adopt(model.generator)
 

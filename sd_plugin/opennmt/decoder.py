@@ -108,6 +108,13 @@ class StructuredStdRNNDecoder(StdRNNDecoder):
         self.rnn.dropout = dropout
         _follow(self, dropout)
 
+    def _to_stock(self) -> None:
+        # For `sd_plugin.to_stock`, which changes the modules inside by themselves.
+        for key in [key for key, hook in self.rnn._forward_hooks.items() if hook is _waive_output]:
+            del self.rnn._forward_hooks[key]
+        self.__class__ = StdRNNDecoder
+        del self.settings
+
 
 class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
     """``onmt.decoders.InputFeedRNNDecoder``: the kept units of ``[emb_t, feed]`` are the union of both."""
@@ -138,6 +145,11 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         """Set the dropout of every site that follows ``dropout``."""
         self.rnn.dropout.p = dropout
         _follow(self, dropout)
+
+    def _to_stock(self) -> None:
+        # For `sd_plugin.to_stock`, which changes the modules inside by themselves.
+        self.__class__ = InputFeedRNNDecoder
+        del self.settings, self.query_is_multiplied
 
     def _run_forward_pass(
         self, tgt: Tensor, enc_out: Tensor, src_len: Tensor | None = None

@@ -90,3 +90,8 @@ class StructuredRNNEncoder(RNNEncoder):
         self.rnn.recurrent_dropout = self.settings.recurrent_dropout(dropout)
         self.rnn.output_dropout = self.settings.output_dropout(dropout)
         update_embeddings(self.embeddings, dropout)
+
+    def _to_stock(self) -> None:
+        # For `sd_plugin.to_stock`, which changes the modules inside by themselves.
+        self.__class__ = RNNEncoder
+        del self.settings, self.output_is_multiplied

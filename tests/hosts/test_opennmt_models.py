@@ -189,7 +189,7 @@ def test_the_options_are_read_back_from_a_checkpoint() -> None:
     ArgumentParser.update_model_opts(again)
     ArgumentParser.validate_model_opts(again)
     model = models.build(again)
-    assert model.encoder.rnn.mode == "nr_st" and model.encoder.rnn.sampling == "bernoulli"
+    assert model.encoder.rnn.dropout_mode == "nr_st" and model.encoder.rnn.sampling == "bernoulli"
     assert model.encoder.rnn.bidirectional and model.decoder.bidirectional_encoder
 
 
@@ -283,7 +283,7 @@ def test_replacement_takes_the_stock_names_for_lstms_only() -> None:
     assert type(models.build(models.options(**types)).encoder).__module__.startswith("onmt.")
     patch.enable(replace=True, mode="nr_st")
     replaced = models.build(models.options(dropout=[0.3], **types))
-    assert replaced.encoder.rnn.mode == "nr_st" and replaced.encoder.rnn.bidirectional
+    assert replaced.encoder.rnn.dropout_mode == "nr_st" and replaced.encoder.rnn.bidirectional
     assert type(replaced.decoder).__module__.startswith("sd_plugin.")
     gru = models.build(models.options(rnn_type="GRU", **types))
     assert isinstance(gru.encoder.rnn, torch.nn.GRU) and type(gru.decoder).__module__.startswith("onmt.")

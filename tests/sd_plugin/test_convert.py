@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from sd_plugin import StructuredDropoutLSTM, convert, stats
 
@@ -134,11 +137,74 @@ def test_subclasses_and_what_they_hold_stay_untouched() -> None:
         """A forward pass of its own."""
 
     model = nn.Sequential(Own(4, 4), nn.LSTM(4, 4))
-    convert(model)
+    with pytest.warns(UserWarning, match=r"^sd_plugin\.convert left alone: 0 \(Own is a subclass of LSTM\)$"):
+        convert(model)
     assert type(model[0]) is Own
     assert type(model[1]) is StructuredDropoutLSTM
-    with pytest.raises(ValueError, match=r"holds no nn\.LSTM"):
+    with pytest.raises(ValueError, match=r"holds no nn\.LSTM to convert; left alone: 0 \(Own is a subclass of LSTM\)"):
         convert(nn.Sequential(Own(4, 4)))
+
+
+def test_nothing_is_said_where_nothing_is_left_alone() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(Model(), recurrent_dropout=0.5)
+
+
+def test_a_parametrized_lstm_is_left_alone_and_the_order_that_works_is_named() -> None:
+    model = nn.ModuleDict({"first": nn.LSTM(4, 4), "second": nn.LSTM(4, 4)})
+    parametrizations.weight_norm(model["first"], "weight_hh_l0")
+    with pytest.warns(UserWarning, match=r"first \(parametrized already: convert first, then parametrize\)"):
+        convert(model)
+    assert not isinstance(model["first"], StructuredDropoutLSTM)
+    assert type(model["second"]) is StructuredDropoutLSTM
+
+
+def twin(lstm: Any) -> Any:
+    """A converted LSTM that has as its own what are made weights in ``lstm``."""
+    plain: Any = convert(nn.LSTM(4, 6, 2, dropout=0.5).double(), recurrent_dropout=0.5)
+    with torch.no_grad():
+        for name, parameter in plain.named_parameters():
+            parameter.copy_(getattr(lstm, name))
+    return plain.train(lstm.training)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [parametrizations.weight_norm, parametrizations.orthogonal, parametrizations.spectral_norm],
+    ids=lambda register: register.__name__,
+)
+def test_convert_then_parametrize_trains(register: Callable[..., nn.Module]) -> None:
+    """With dropout on: the products use the weight that the parametrization makes, and its own parameters learn."""
+    torch.manual_seed(0)
+    lstm: Any = convert(nn.LSTM(4, 6, 2, dropout=0.5).double(), recurrent_dropout=0.5)
+    for name in ("weight_hh_l0", "weight_ih_l1"):
+        register(lstm, name)
+    before = {name: p.detach().clone() for name, p in lstm.named_parameters() if "parametrizations" in name}
+    x, optimizer = torch.randn(5, 3, 4, dtype=torch.float64), torch.optim.SGD(lstm.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        # Some make another weight whenever they are asked in training.
+        with parametrize.cached():
+            torch.manual_seed(step)
+            y = lstm(x)[0]
+            plain = twin(lstm)
+            torch.manual_seed(step)
+            torch.testing.assert_close(y, plain(x)[0])
+            y.square().sum().backward()
+        optimizer.step()
+    assert stats.sites()["lstm.l0.recurrent"].skipped > 0
+    after = dict(lstm.named_parameters())
+    assert before and all(not torch.equal(after[name], p) for name, p in before.items())
+    torch.testing.assert_close(lstm.eval()(x)[0], twin(lstm)(x)[0])
+
+
+def test_one_that_was_parametrized_after_it_was_converted_is_configured_anew() -> None:
+    lstm: Any = convert(nn.LSTM(4, 4), recurrent_dropout=0.5)
+    parametrizations.weight_norm(lstm, "weight_hh_l0")
+    kind = type(lstm)
+    convert(lstm, recurrent_dropout=0.25)
+    assert type(lstm) is kind and lstm.recurrent_dropout == 0.25
 
 
 def test_a_model_without_an_lstm_is_refused() -> None:
