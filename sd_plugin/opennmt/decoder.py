@@ -13,6 +13,7 @@ from .. import hints
 from ..attentional import attentional_decoder, is_available
 from ..cell import StackedStructuredLSTM, SteppedDropout
 from ..dropout import StructuredDropout
+from ..errors import UsageError
 from ..kernels import Steps
 from ..linear import StructuredLinear
 from ..lstm import StructuredDropoutLSTM
@@ -52,6 +53,18 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     return "forward" in module.__dict__ or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _check_layers(decoder: Any, exact: bool) -> None:
+    """The encoder has handed on the states that the decoder's layers start from: of as many layers, or of more.
+
+    Raises:
+        UsageError: it has not; with ``exact``, also where there are more.
+    """
+    found, own = len(decoder.state["hidden"][0]), decoder.num_layers
+    if found < own or (exact and found != own):
+        rule = "with input_feed 0 it must have as many" if exact else "it must have at least as many"
+        raise UsageError(f"dec_layers is {own} and the encoder's number of layers {found}: {rule}")
 
 
 def _follow(decoder: Any, dropout: float) -> None:
@@ -108,6 +121,16 @@ class StructuredStdRNNDecoder(StdRNNDecoder):
         self.rnn.dropout = dropout
         _follow(self, dropout)
 
+    def init_state(self, src: Tensor, enc_out: Tensor, enc_final_hs: Any) -> None:
+        """See the stock method.
+
+        Raises:
+            UsageError: the encoder has more or fewer layers.
+        """
+        super().init_state(src, enc_out, enc_final_hs)
+        if isinstance(enc_final_hs, tuple):
+            _check_layers(self, exact=True)
+
 
 class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
     """``onmt.decoders.InputFeedRNNDecoder``: the kept units of ``[emb_t, feed]`` are the union of both."""
@@ -139,17 +162,28 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         self.rnn.dropout.p = dropout
         _follow(self, dropout)
 
+    def init_state(self, src: Tensor, enc_out: Tensor, enc_final_hs: Any) -> None:
+        """See the stock method; of an encoder with more layers, the first ones' states are used, as there.
+
+        Raises:
+            UsageError: the encoder has fewer layers.
+        """
+        super().init_state(src, enc_out, enc_final_hs)
+        if isinstance(enc_final_hs, tuple):
+            _check_layers(self, exact=False)
+
     def _run_forward_pass(
         self, tgt: Tensor, enc_out: Tensor, src_len: Tensor | None = None
     ) -> tuple[Any, Any, dict[str, Any]]:
         """See the stock method. In training the patterns of the whole target are drawn first."""
-        if not self.training:
+        # A single state is that of an encoder without a recurrent part, which is the host's to refuse.
+        if not self.training or len(self.state["hidden"]) != 2:
             return super()._run_forward_pass(tgt, enc_out, src_len=src_len)  # type: ignore[no-any-return]
         emb = self.embeddings(tgt)
         batch, count, _ = emb.shape
         run = self.rnn.start(count, batch, emb)
         drop = self._output_dropout(count, batch, emb)
-        state, feed = self.state["hidden"], self.state["input_feed"].squeeze(0)
+        state, feed = self.rnn.own_states(self.state["hidden"]), self.state["input_feed"].squeeze(0)
         if self._is_one_operation(emb):
             lengths = emb.new_full((batch,), enc_out.shape[1], dtype=torch.int32) if src_len is None else src_len
             query = self.attn.linear_in.weight if self.attn.attn_type == "general" else None
