@@ -116,6 +116,11 @@ class StructuredStdRNNDecoder(StdRNNDecoder):
             self.rnn.register_forward_hook(_waive_output)
         self.update_dropout(dropout)
 
+    @property
+    def current_dropout(self) -> float:
+        """The dropout that its sites follow now."""
+        return float(self.dropout.p)
+
     def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
         """Set the dropout of every site that follows ``dropout``."""
         self.rnn.dropout = dropout
@@ -156,6 +161,11 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         _adopt_attention(self.copy_attn)
         structure_embeddings(self.embeddings, settings.sampling, "decoder.embeddings")
         self.update_dropout(dropout)
+
+    @property
+    def current_dropout(self) -> float:
+        """The dropout that its sites follow now."""
+        return float(self.dropout.p)
 
     def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
         """Set the dropout of every site that follows ``dropout``."""

@@ -1,4 +1,4 @@
-"""What OpenNMT-py's encoders, the structured ones and its own, hand on to the structured decoders: as to the stock ones."""
+"""What encoders hand on, the structured ones and OpenNMT-py's own: structured decoders take it as the stock ones do."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 
-import opennmt_models as models  # noqa: E402
+import opennmt_models as models
 
-from sd_plugin import UsageError, stats  # noqa: E402
-from sd_plugin.patches import opennmt as patch  # noqa: E402
+from sd_plugin import UsageError, stats
+from sd_plugin.patches import opennmt as patch
 
 #: More than the tokens of ``models.batch``, which the graph encoder writes as one of so many.
 WIDTH = 24

@@ -237,6 +237,19 @@ def test_misspelt_keys_are_refused(argument: str, strict: bool) -> None:
     check_unknown(["--sdk", "--seed_x", "sd_mode", "-s"], strict)
 
 
+def test_a_misspelt_key_is_told_in_sentences() -> None:
+    from sd_plugin.opennmt.options import check_unknown
+
+    valid = "Valid: sd_mode, sd_recurrent_dropout, sd_output_dropout, sd_sampling"
+    for argument, told in (
+        ("--sd_typo", f"unknown option sd_typo. {valid}"),
+        ("--sd_mod", f"unknown option sd_mod; did you mean sd_mode? {valid}"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            check_unknown([argument], strict=False)
+        assert str(caught.value) == told
+
+
 def test_a_mode_asked_of_a_stock_checkpoint_is_not_ignored_in_silence() -> None:
     from sd_plugin.opennmt.options import check_resumed
 

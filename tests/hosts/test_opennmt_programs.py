@@ -250,7 +250,7 @@ def test_resuming_in_another_way_is_told(trained: Path) -> None:
     assert "SD_PLUGIN=nr_st: the checkpoint's sd_mode nr_rh_st holds" in told
     own = {"encoder_type": "sd_brnn", "decoder_type": "sd_rnn"}
     for changes, message in (
-        ({**own, "train_from": "plain2_step_2.pt"}, "set SD_PLUGIN=1 to continue it with structured dropout"),
+        ({**own, "train_from": "plain2_step_2.pt"}, "set SD_PLUGIN=1, or give --override_opts"),
         ({**own, "train_from": "sd_step_60.pt", "sd_mode": "nr_st"}, "the checkpoint's own (nr_rh_st) holds"),
         ({**own, "train_from": "sd_step_60.pt", "sd_recurrent_dropout": 0.1}, "the checkpoint's own (None) holds"),
         ({**own, "train_from": "gone.pt"}, "train_from: no such file: gone.pt"),
