@@ -222,24 +222,19 @@ def _stored_options(path: str, what: str) -> argparse.Namespace:
     """The options in a checkpoint, looked up before the host reads or writes anything; the tensors stay on disk.
 
     Raises:
-        UsageError: there is no such file, it is no checkpoint, or it was written by a newer plugin.
+        UsageError: there is no such file, the host could not load it, or it was written by a newer plugin.
     """
-    import torch
+    from onmt.utils.parse import ArgumentParser
 
-    from sd_plugin.opennmt import options
+    from sd_plugin.opennmt import checkpoints
 
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise MissingDataFileError(f"{what}: no such file: {path}")
-    # As the host will load it: this torch's default, which older versions cannot be told to trust options with.
-    strict = hasattr(torch.serialization, "add_safe_globals")
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=strict)
-        stored = checkpoint["opt"]
-    except Exception as error:
-        raise UsageError(f"{what}: {path} is not a checkpoint of OpenNMT-py ({type(error).__name__})") from error
-    if not isinstance(stored, argparse.Namespace):
-        raise UsageError(f"{what}: {path} is not a checkpoint of OpenNMT-py")
-    options.check_checkpoint(stored)
+        # What an older version of the host did not know has its default, as the host itself gives it.
+        stored: argparse.Namespace = ArgumentParser.ckpt_model_opts(checkpoints.load(path, as_host=True)["opt"])
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from error
     return stored
 
 

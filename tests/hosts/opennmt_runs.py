@@ -1,4 +1,4 @@
-"""Runs OpenNMT-py's own programs in this process, on a few sentences, for the tests; their start costs most otherwise."""
+"""Runs OpenNMT-py's own programs in this process, on a few sentences: to start one costs more than all it does then."""
 
 from __future__ import annotations
 
