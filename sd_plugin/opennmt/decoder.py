@@ -55,6 +55,17 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
+def _is_plain(attention: Any) -> bool:
+    """An attention of the host as it is: nobody replaced it or its linear layers, or hooked them."""
+    if type(attention) is not GlobalAttention:
+        return False
+    linears = [layer for name, layer in attention.named_children() if name.startswith("linear_")]
+    plain = all(type(linear) in (torch.nn.Linear, StructuredLinear) for linear in linears)
+    # Of mlp attention two have a bias.
+    biased = attention.attn_type != "mlp" and any(linear.bias is not None for linear in linears)
+    return plain and not biased and not any(_has_hooks(module) for module in (attention, *linears))
+
+
 def _check_layers(decoder: Any, exact: bool) -> None:
     """The encoder has handed on the states that the decoder's layers start from: of as many layers, or of more.
 
@@ -200,8 +211,7 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
             y, state, align = attentional_decoder(
                 run, emb, enc_out, lengths, state, feed, drop, query, self.attn.linear_out.weight
             )
-            kinds = ["std", "copy"] if self._reuse_copy_attn else ["std"]
-            return state, y, dict.fromkeys(kinds, align)
+            return state, y, self._attentions(y, align, enc_out)
         record = _AttentionRecord(self)
         outputs = []
         for t, emb_t in enumerate(hints.unbind(emb, _BATCH_FIRST)):
@@ -218,19 +228,36 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
     def _is_one_operation(self, emb: Tensor) -> bool:
         """Nothing about this decoder needs its steps one by one, and the backend has it in one piece.
 
-        What may stand between two steps: another attention than Luong's, a gate, a coverage or copy attention, and
-        an attention that somebody has replaced or hooked. (Hooks of the cells are called in neither case: in training
-        their products are not theirs.)
+        What may stand between two steps: another attention than Luong's, a gate, and an attention that somebody has
+        replaced or hooked. Coverage and copy attention do not: nothing of them is fed back. (Hooks of the cells are
+        called in neither case: in training their products are not theirs.)
         """
         attention = self.attn
-        if not self.attentional or self.context_gate is not None or self._coverage or self.copy_attn is not None:
+        if not self.attentional or self.context_gate is not None or attention.attn_type == "mlp":
             return False
-        if type(attention) is not GlobalAttention or attention.attn_func != "softmax" or attention.attn_type == "mlp":
+        if not _is_plain(attention) or attention.attn_func != "softmax":
             return False
-        linears = [attention.linear_out, *([attention.linear_in] if attention.attn_type == "general" else [])]
-        plain = all(type(linear) in (torch.nn.Linear, StructuredLinear) and linear.bias is None for linear in linears)
-        hooked = any(_has_hooks(module) for module in (attention, *linears))
-        return plain and not hooked and is_available(emb)
+        return (self.copy_attn is None or _is_plain(self.copy_attn)) and is_available(emb)
+
+    def _attentions(self, dec_out: Tensor, align: Tensor, enc_out: Tensor) -> dict[str, Tensor]:
+        """Every kind of attention, ``[T, B, S]``, after the decoder as one operation.
+
+        Args:
+            dec_out: ``[B, T, H]``, with its hint; align: ``[T, B, S]``.
+        """
+        attentions = {"std": align}
+        if self._coverage:
+            before = self.state["coverage"]
+            attentions["coverage"] = align.cumsum(0) if before is None else align.cumsum(0) + before
+        if self._reuse_copy_attn:
+            attentions["copy"] = align
+        elif self.copy_attn is not None and self.copy_attn.attn_type == "mlp":
+            # Step by step: at once it would hold ``[B, T, S, H]`` twice, of which it keeps one.
+            steps = _copies_of_steps(dec_out)
+            attentions["copy"] = torch.stack([self.copy_attn(step, enc_out)[1] for step in steps])
+        elif self.copy_attn is not None:
+            attentions["copy"] = self.copy_attn(dec_out, enc_out)[1].transpose(0, 1).contiguous()
+        return attentions
 
     def _output_dropout(self, count: int, batch: int, like: Tensor) -> SteppedDropout:
         pattern = draw(
@@ -256,6 +283,12 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         if self.context_gate is not None:
             dec_out = self.context_gate(dec_in, rnn_out, dec_out)
         return dec_out
+
+
+def _copies_of_steps(dec_out: Tensor) -> list[Tensor]:
+    """The time steps of ``[B, T, H]``, each ``[B, H]`` in its own memory: a view of it then finds its hint."""
+    steps = Steps.packed(dec_out.shape[:1])
+    return [hints.carry(row, steps, row.clone(), steps) for row in hints.unbind(dec_out, _BATCH_FIRST)]
 
 
 class _AttentionRecord:
