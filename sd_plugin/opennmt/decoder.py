@@ -74,8 +74,8 @@ def _check_layers(decoder: Any, exact: bool) -> None:
     """
     found, own = len(decoder.state["hidden"][0]), decoder.num_layers
     if found < own or (exact and found != own):
-        rule = "with input_feed 0 it must have as many" if exact else "it must have at least as many"
-        raise UsageError(f"dec_layers is {own} and the encoder's number of layers {found}: {rule}")
+        rule = "with input_feed 0 as many are needed" if exact else "at least as many are needed"
+        raise UsageError(f"dec_layers is {own}, and the encoder has {found} of them: {rule}")
 
 
 def _follow(decoder: Any, dropout: float) -> None:
