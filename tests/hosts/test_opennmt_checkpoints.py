@@ -129,6 +129,12 @@ def test_a_file_that_is_none_is_told(runs: Runs) -> None:
         assert refused(runs, name) == both(told)
 
 
+def test_one_of_a_newer_plugin_is_told(runs: Runs) -> None:
+    change(runs, "first_step_2.pt", "newer.pt", lambda loaded: setattr(loaded["opt"], "sd_format", 99))
+    newer = "this checkpoint was written by a newer sd-plugin (format 99, this one reads 1): pip install -U sd-plugin"
+    assert refused(runs, "newer.pt") == both(newer)
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_a_cut_file_is_called_damaged(runs: Runs, zipped: bool) -> None:
     change(runs, "first_step_2.pt", "whole.pt", _use_new_zipfile_serialization=zipped)

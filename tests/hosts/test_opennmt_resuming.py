@@ -142,6 +142,39 @@ def test_what_continues_a_stock_checkpoint_with_structured_dropout_is_told_and_d
     assert resumed(runs, checkpoint, encoder_type="rnn", decoder_type="rnn") == ({0.1}, [])
 
 
+STOCK = {"encoder_type": "brnn", "decoder_type": "rnn"}
+
+
+def test_structured_dropout_is_not_lost_in_silence(runs: Runs) -> None:
+    """A checkpoint's own options hold when it is resumed."""
+    patch.enable(replace=True)
+    checkpoint = trained(runs, "replaced", **STOCK)
+    patch.enable(replace=False)
+    stats.reset()
+    told = runs.train("more", train_from=checkpoint, train_steps=3, **STOCK)
+    assert "continues without" in told and "set SD_PLUGIN=1 to keep it" in told
+    assert not stats.sites() and "structured dropout report" not in told
+    patch.enable(replace=True, mode="nr_st")
+    told = runs.train("more", train_from=checkpoint, train_steps=3, **STOCK)
+    assert "SD_PLUGIN=nr_st: the checkpoint's sd_mode nr_rh_st holds" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"sd_mode": "nr_st"}, "the checkpoint's own (nr_rh_st) holds"),
+        ({"sd_recurrent_dropout": 0.1}, "the checkpoint's own (None) holds"),
+    ],
+)
+def test_options_of_the_model_are_the_checkpoints(runs: Runs, changes: dict[str, Any], told: str) -> None:
+    checkpoint = trained(runs, "tenth_sd_rnn", dropout=[0.1])
+    with pytest.raises(SystemExit) as ended:
+        runs.train("refused", train_from=checkpoint, **changes)
+    assert ended.value.code == 2 and told in runs.written.splitlines()[-1]
+    assert "--override_opts" in runs.written.splitlines()[-1]
+    assert not list(runs.folder.glob("refused_step*"))
+
+
 def test_a_probability_out_of_range_is_refused_before_anything_is_read(runs: Runs) -> None:
     checkpoint = trained(runs, "tenth_sd_rnn", dropout=[0.1])
     types = {"encoder_type": "rnn", "decoder_type": "rnn"}
