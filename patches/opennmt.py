@@ -9,7 +9,7 @@ What is hooked, and why, by module of the host:
 | ``onmt.utils.parse.ArgumentParser`` | checks of those options and of checkpoints; a missing file is named |
 | ``onmt.model_builder.build_base_model`` | the generator uses hints |
 | ``onmt.utils.loss.LossCompute.from_opts`` | the same cross entropy without holding the log-softmax |
-| ``onmt.trainer.Trainer.train`` | the dropout due at a resumed step; the report, at the end of the log |
+| ``onmt.trainer.Trainer.train`` | the dropout of a resumed model; the report, at the end of the log |
 | ``onmt.bin.*`` | a mistake of the user's is one line, not a traceback; models are checked before output is written |
 | ``torch.serialization`` | ``argparse.Namespace`` may be loaded, or torch >= 2.6 refuses every checkpoint |
 """
@@ -21,7 +21,7 @@ import functools
 import os
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -140,6 +140,28 @@ def _register(replace: bool) -> None:
         _patcher.set_item(str2dec, name, StructuredRNNDecoder)
 
 
+class _Named:
+    """Which options the user gave, in a file or on the command line, of every Namespace that a parser made.
+
+    No attribute of the Namespace: the host saves that in its checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, tuple[weakref.ref[argparse.Namespace], frozenset[str]]] = {}
+
+    def note(self, parser: argparse.ArgumentParser, opt: argparse.Namespace) -> None:
+        """Look through ``opt``, which ``parser`` has just made."""
+        # Where nothing is given, a parser puts the default itself, the very object.
+        names = frozenset(a.dest for a in parser._actions if getattr(opt, a.dest, a.default) is not a.default)
+        key = id(opt)
+        self._found[key] = (weakref.ref(opt, lambda _: self._found.pop(key, None)), names)
+
+    def of(self, opt: argparse.Namespace) -> Collection[str]:
+        """The names; all of them if no parser made ``opt``, but a program that gave every value itself."""
+        made, names = self._found.get(id(opt), (lambda: None, frozenset[str]()))
+        return names if made() is opt else frozenset(vars(opt))
+
+
 def _patch_options() -> None:
     import onmt.opts
     from onmt.utils.parse import ArgumentParser
@@ -153,6 +175,7 @@ def _patch_options() -> None:
     def parse_known_args(self: Any, *args: Any, **kwargs: Any) -> Any:
         known, unknown = stock["parse_known_args"](self, *args, **kwargs)
         options.check_unknown(unknown, strict=self in strict_parsers)
+        named.note(self, known)
         return known, unknown
 
     def parse_args(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -161,7 +184,7 @@ def _patch_options() -> None:
 
     def validate_train_opts(cls: Any, opt: Any) -> None:
         stock["validate_train_opts"].__func__(cls, opt)
-        _check_training(opt)
+        _check_training(opt, named.of(opt))
 
     def validate_model_opts(cls: Any, opt: Any) -> None:
         stock["validate_model_opts"].__func__(cls, opt)
@@ -183,6 +206,7 @@ def _patch_options() -> None:
     stock["parse_args"] = ArgumentParser.parse_args
     # Parsers whose program ends on any key that it does not know.
     strict_parsers: weakref.WeakSet[Any] = weakref.WeakSet()
+    named = _Named()
     for name in ("validate_train_opts", "validate_model_opts", "ckpt_model_opts", "_validate_file"):
         stock[name] = next(vars(cls)[name] for cls in ArgumentParser.__mro__ if name in vars(cls))
     _patcher.set(onmt.opts, "model_opts", model_opts)
@@ -198,29 +222,24 @@ def _stored_options(path: str, what: str) -> argparse.Namespace:
     """The options in a checkpoint, looked up before the host reads or writes anything; the tensors stay on disk.
 
     Raises:
-        UsageError: there is no such file, it is no checkpoint, or it was written by a newer plugin.
+        UsageError: there is no such file, the host could not load it, or it was written by a newer plugin.
     """
-    import torch
+    from onmt.utils.parse import ArgumentParser
 
-    from sd_plugin.opennmt import options
+    from sd_plugin.opennmt import checkpoints
 
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise MissingDataFileError(f"{what}: no such file: {path}")
-    # As the host will load it: this torch's default, which older versions cannot be told to trust options with.
-    strict = hasattr(torch.serialization, "add_safe_globals")
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=strict)
-        stored = checkpoint["opt"]
-    except Exception as error:
-        raise UsageError(f"{what}: {path} is not a checkpoint of OpenNMT-py ({type(error).__name__})") from error
-    if not isinstance(stored, argparse.Namespace):
-        raise UsageError(f"{what}: {path} is not a checkpoint of OpenNMT-py")
-    options.check_checkpoint(stored)
+        # What an older version of the host did not know has its default, as the host itself gives it.
+        stored: argparse.Namespace = ArgumentParser.ckpt_model_opts(checkpoints.load(path, as_host=True)["opt"])
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from error
     return stored
 
 
-def _check_training(opt: Any) -> None:
-    """Refuse or warn before anything is read or written."""
+def _check_training(opt: Any, named: Collection[str]) -> None:
+    """Refuse or warn before anything is read or written; ``named`` are the options that the user gave."""
     from onmt.utils.logging import logger
 
     from sd_plugin.opennmt import options
@@ -230,6 +249,8 @@ def _check_training(opt: Any) -> None:
         warning = None if opt.override_opts else options.check_resumed(opt, stored)
         if warning:
             logger.warning(f"sd-plugin: {warning}")
+        if options.is_structured(stored) and not opt.override_opts:
+            options.continue_dropout(opt, stored, named)
     given = [name for name in options.OPTIONS if getattr(opt, name, None) is not None]
     if options.uses_plugin(opt):
         _check_backend(opt)
@@ -310,15 +331,34 @@ def _patch_trainer() -> None:
 
 
 def _catch_up_dropout(trainer: Any) -> None:
-    """Give a resumed model the dropout of its schedule: the host only applies a change at the very step it is due."""
+    """Give a resumed model the dropout of its run.
+
+    The host builds it with the checkpoint's first value and changes that at the very step a change is due, no later.
+    Its own modules are left alone: not all of them can be told.
+    """
+    from onmt.utils.logging import logger
+
     from sd_plugin.opennmt import StructuredInputFeedRNNDecoder, StructuredRNNEncoder, StructuredStdRNNDecoder
 
     ours = (StructuredRNNEncoder, StructuredInputFeedRNNDecoder, StructuredStdRNNDecoder)
-    if not any(isinstance(module, ours) for module in trainer.model.modules()):
-        return
-    due = [i for i, start in enumerate(trainer.dropout_steps) if start < trainer.optim.training_step]
-    if due:
-        trainer.model.update_dropout(trainer.dropout[due[-1]], trainer.attention_dropout[due[-1]])
+    model, step = trainer.model, trainer.optim.training_step
+    both = {name: getattr(model, name, None) for name in ("encoder", "decoder")}
+    parts: dict[str, Any] = {name: part for name, part in both.items() if isinstance(part, ours)}
+    due = [p for p, start in zip(trainer.dropout, trainer.dropout_steps) if start < step]  # noqa: B905
+    changed = {name: part for name, part in parts.items() if due and part.current_dropout != due[-1]}
+    if changed:
+        where = "" if len(changed) == len(both) else f" of the {' and '.join(changed)}"
+        before = next(iter(changed.values())).current_dropout
+        why = f"by its schedule at step {step}" if len(trainer.dropout_steps) > 1 else "from the configuration"
+        for part in changed.values():
+            part.update_dropout(due[-1])
+        if trainer.gpu_rank <= 0:
+            logger.info(f"sd-plugin: dropout{where} {before:g} → {due[-1]:g}, {why}")
+    if parts and trainer.model_saver is not None:
+        # The next checkpoint names what this run drops: who continues it goes on with that.
+        saved = trainer.model_saver.model_opt
+        saved.dropout, saved.dropout_steps = list(trainer.dropout), list(trainer.dropout_steps)
+        saved.attention_dropout = list(trainer.attention_dropout)
 
 
 def _check_models_first(program: ModuleType) -> None:

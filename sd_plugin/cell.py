@@ -36,7 +36,8 @@ class StackedStructuredLSTM(nn.Module):
         layers: the ``nn.LSTMCell`` to use; new ones when None.
 
     Shape:
-        input ``[B, input_size]``, states ``[num_layers, B, H]``, output ``[B, H]``.
+        input ``[B, input_size]``, states ``[num_layers, B, H]``, output ``[B, H]``. Of more states the first ones are
+        used, as in OpenNMT-py's ``StackedLSTM``, whose encoder may have more layers than its decoder.
 
     Raises:
         ValueError: as :class:`~sd_plugin.StructuredDropoutLSTM`.
@@ -94,6 +95,16 @@ class StackedStructuredLSTM(nn.Module):
         for name in ("dropout_mode", "hidden_size", "recurrent_dropout", "output_dropout", "sampling", "site"):
             del self.__dict__[name]
 
+    def own_states(self, hidden: State) -> State:
+        """The states of this stack's layers: the first ``num_layers`` of ``hidden``.
+
+        Raises:
+            IndexError: there are fewer.
+        """
+        if len(hidden[0]) < self.num_layers:
+            raise IndexError(f"hidden has the states of {len(hidden[0])} layers, and there are {self.num_layers}")
+        return hidden[0][: self.num_layers], hidden[1][: self.num_layers]
+
     def start(self, steps: int, batch: int, like: Tensor) -> StackedRun:
         """Draw the patterns of a whole sequence and pack the weights once for it.
 
@@ -108,7 +119,7 @@ class StackedStructuredLSTM(nn.Module):
         if self.training:
             return self.start(1, input.shape[0], input).step(0, input, hidden)
         states = []
-        for layer, h, c in zip(self.layers, *hidden, strict=True):
+        for layer, h, c in zip(self.layers, *self.own_states(hidden), strict=True):
             states.append(layer(input, (h, c)))
             input = states[-1][0]
         return input, (torch.stack([h for h, _ in states]), torch.stack([c for _, c in states]))
@@ -154,14 +165,14 @@ class StackedRun:
 
         Args:
             input: ``[B, input_size]``, dropped already; its hint, if any, is of one step.
-            hidden: ``h`` and ``c``, ``[num_layers, B, H]``.
+            hidden: ``h`` and ``c``, ``[num_layers, B, H]``, or of more layers.
 
         Returns:
-            ``[B, H]``, with its hint, and ``h`` and ``c`` as given.
+            ``[B, H]``, with its hint, and ``h`` and ``c``, ``[num_layers, B, H]``.
         """
         self._packed = self._packed or [pack_parameters(parameters) for parameters in self.parameters]
         states = []
-        for layer, (h, c) in enumerate(zip(*hidden, strict=True)):
+        for layer, (h, c) in enumerate(zip(*self._stack.own_states(hidden), strict=True)):
             h, c = self._cell(layer, t, input, (h, c))
             states.append((h, c))
             input = self._between[layer](t, h) if layer < len(self._between) else self._output(t, h)

@@ -267,7 +267,7 @@ class StructuredDropoutLSTM(nn.LSTM):
         batched = input.dim() == 3
         x = input if batched else input.unsqueeze(1)
         steps = Steps(int(self.batch_first and batched))
-        if hx is not None and any(state.dim() != input.dim() for state in hx):
+        if hx is not None and any(state.dim() != input.dim() for state in (hx[0], hx[1])):
             raise RuntimeError(
                 f"For {'batched' if batched else 'unbatched'} input, hx and cx should be {input.dim()}-D, got "
                 f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"

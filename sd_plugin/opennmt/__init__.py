@@ -1,14 +1,12 @@
 """Structured dropout for OpenNMT-py 3.5: its RNN encoder and decoders, built on the host's own classes.
 
-Imports OpenNMT-py; :mod:`sd_plugin.patches.opennmt` decides when.
+Imports OpenNMT-py; :mod:`sd_plugin.patches.opennmt` decides when. Where that is not installed, what works on
+checkpoints alone still does.
 """
 
-# First: importing the host tells the start-up hook, whose patch imports the modules below while this package, but
-# none of them, is half initialised.
-import onmt  # noqa: F401
+from __future__ import annotations
 
-from .decoder import StructuredInputFeedRNNDecoder, StructuredRNNDecoder, StructuredStdRNNDecoder
-from .encoder import StructuredRNNEncoder
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "StructuredInputFeedRNNDecoder",
@@ -16,3 +14,21 @@ __all__ = [
     "StructuredRNNEncoder",
     "StructuredStdRNNDecoder",
 ]
+
+# First: importing the host tells the start-up hook, whose patch imports the modules below while this package, but
+# none of them, is half initialised.
+try:
+    import onmt
+except ImportError as _error:
+    onmt = None
+    _problem = str(_error)
+
+if TYPE_CHECKING or onmt is not None:
+    from .decoder import StructuredInputFeedRNNDecoder, StructuredRNNDecoder, StructuredStdRNNDecoder
+    from .encoder import StructuredRNNEncoder
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            raise ImportError(f"{name} needs OpenNMT-py: {_problem}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ from .. import hints
 from ..attentional import attentional_decoder, is_available
 from ..cell import StackedStructuredLSTM, SteppedDropout
 from ..dropout import StructuredDropout
+from ..errors import UsageError
 from ..kernels import Steps
 from ..linear import StructuredLinear
 from ..lstm import StructuredDropoutLSTM
@@ -52,6 +53,29 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     return "forward" in module.__dict__ or bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _is_plain(attention: Any) -> bool:
+    """An attention of the host as it is: nobody replaced it or its linear layers, or hooked them."""
+    if type(attention) is not GlobalAttention:
+        return False
+    linears = [layer for name, layer in attention.named_children() if name.startswith("linear_")]
+    plain = all(type(linear) in (torch.nn.Linear, StructuredLinear) for linear in linears)
+    # Of mlp attention two have a bias.
+    biased = attention.attn_type != "mlp" and any(linear.bias is not None for linear in linears)
+    return plain and not biased and not any(_has_hooks(module) for module in (attention, *linears))
+
+
+def _check_layers(decoder: Any, exact: bool) -> None:
+    """The encoder has handed on the states that the decoder's layers start from: of as many layers, or of more.
+
+    Raises:
+        UsageError: it has not; with ``exact``, also where there are more.
+    """
+    found, own = len(decoder.state["hidden"][0]), decoder.num_layers
+    if found < own or (exact and found != own):
+        rule = "with input_feed 0 as many are needed" if exact else "at least as many are needed"
+        raise UsageError(f"dec_layers is {own}, and the encoder has {found} of them: {rule}")
 
 
 def _follow(decoder: Any, dropout: float) -> None:
@@ -103,6 +127,11 @@ class StructuredStdRNNDecoder(StdRNNDecoder):
             self.rnn.register_forward_hook(_waive_output)
         self.update_dropout(dropout)
 
+    @property
+    def current_dropout(self) -> float:
+        """The dropout that its sites follow now."""
+        return float(self.dropout.p)
+
     def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
         """Set the dropout of every site that follows ``dropout``."""
         self.rnn.dropout = dropout
@@ -114,6 +143,16 @@ class StructuredStdRNNDecoder(StdRNNDecoder):
             del self.rnn._forward_hooks[key]
         self.__class__ = StdRNNDecoder
         del self.settings
+
+    def init_state(self, src: Tensor, enc_out: Tensor, enc_final_hs: Any) -> None:
+        """See the stock method.
+
+        Raises:
+            UsageError: the encoder has more or fewer layers.
+        """
+        super().init_state(src, enc_out, enc_final_hs)
+        if isinstance(enc_final_hs, tuple):
+            _check_layers(self, exact=True)
 
 
 class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
@@ -141,6 +180,11 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         structure_embeddings(self.embeddings, settings.sampling, "decoder.embeddings")
         self.update_dropout(dropout)
 
+    @property
+    def current_dropout(self) -> float:
+        """The dropout that its sites follow now."""
+        return float(self.dropout.p)
+
     def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
         """Set the dropout of every site that follows ``dropout``."""
         self.rnn.dropout.p = dropout
@@ -151,25 +195,35 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         self.__class__ = InputFeedRNNDecoder
         del self.settings, self.query_is_multiplied
 
+    def init_state(self, src: Tensor, enc_out: Tensor, enc_final_hs: Any) -> None:
+        """See the stock method; of an encoder with more layers, the first ones' states are used, as there.
+
+        Raises:
+            UsageError: the encoder has fewer layers.
+        """
+        super().init_state(src, enc_out, enc_final_hs)
+        if isinstance(enc_final_hs, tuple):
+            _check_layers(self, exact=False)
+
     def _run_forward_pass(
         self, tgt: Tensor, enc_out: Tensor, src_len: Tensor | None = None
     ) -> tuple[Any, Any, dict[str, Any]]:
         """See the stock method. In training the patterns of the whole target are drawn first."""
-        if not self.training:
+        # A single state is that of an encoder without a recurrent part, which is the host's to refuse.
+        if not self.training or len(self.state["hidden"]) != 2:
             return super()._run_forward_pass(tgt, enc_out, src_len=src_len)  # type: ignore[no-any-return]
         emb = self.embeddings(tgt)
         batch, count, _ = emb.shape
         run = self.rnn.start(count, batch, emb)
         drop = self._output_dropout(count, batch, emb)
-        state, feed = self.state["hidden"], self.state["input_feed"].squeeze(0)
+        state, feed = self.rnn.own_states(self.state["hidden"]), self.state["input_feed"].squeeze(0)
         if self._is_one_operation(emb):
             lengths = emb.new_full((batch,), enc_out.shape[1], dtype=torch.int32) if src_len is None else src_len
             query = self.attn.linear_in.weight if self.attn.attn_type == "general" else None
             y, state, align = attentional_decoder(
                 run, emb, enc_out, lengths, state, feed, drop, query, self.attn.linear_out.weight
             )
-            kinds = ["std", "copy"] if self._reuse_copy_attn else ["std"]
-            return state, y, dict.fromkeys(kinds, align)
+            return state, y, self._attentions(y, align, enc_out)
         record = _AttentionRecord(self)
         outputs = []
         for t, emb_t in enumerate(hints.unbind(emb, _BATCH_FIRST)):
@@ -186,19 +240,36 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
     def _is_one_operation(self, emb: Tensor) -> bool:
         """Nothing about this decoder needs its steps one by one, and the backend has it in one piece.
 
-        What may stand between two steps: another attention than Luong's, a gate, a coverage or copy attention, and
-        an attention that somebody has replaced or hooked. (Hooks of the cells are called in neither case: in training
-        their products are not theirs.)
+        What may stand between two steps: another attention than Luong's, a gate, and an attention that somebody has
+        replaced or hooked. Coverage and copy attention do not: nothing of them is fed back. (Hooks of the cells are
+        called in neither case: in training their products are not theirs.)
         """
         attention = self.attn
-        if not self.attentional or self.context_gate is not None or self._coverage or self.copy_attn is not None:
+        if not self.attentional or self.context_gate is not None or attention.attn_type == "mlp":
             return False
-        if type(attention) is not GlobalAttention or attention.attn_func != "softmax" or attention.attn_type == "mlp":
+        if not _is_plain(attention) or attention.attn_func != "softmax":
             return False
-        linears = [attention.linear_out, *([attention.linear_in] if attention.attn_type == "general" else [])]
-        plain = all(type(linear) in (torch.nn.Linear, StructuredLinear) and linear.bias is None for linear in linears)
-        hooked = any(_has_hooks(module) for module in (attention, *linears))
-        return plain and not hooked and is_available(emb)
+        return (self.copy_attn is None or _is_plain(self.copy_attn)) and is_available(emb)
+
+    def _attentions(self, dec_out: Tensor, align: Tensor, enc_out: Tensor) -> dict[str, Tensor]:
+        """Every kind of attention, ``[T, B, S]``, after the decoder as one operation.
+
+        Args:
+            dec_out: ``[B, T, H]``, with its hint; align: ``[T, B, S]``.
+        """
+        attentions = {"std": align}
+        if self._coverage:
+            before = self.state["coverage"]
+            attentions["coverage"] = align.cumsum(0) if before is None else align.cumsum(0) + before
+        if self._reuse_copy_attn:
+            attentions["copy"] = align
+        elif self.copy_attn is not None and self.copy_attn.attn_type == "mlp":
+            # Step by step: at once it would hold ``[B, T, S, H]`` twice, of which it keeps one.
+            steps = _copies_of_steps(dec_out)
+            attentions["copy"] = torch.stack([self.copy_attn(step, enc_out)[1] for step in steps])
+        elif self.copy_attn is not None:
+            attentions["copy"] = self.copy_attn(dec_out, enc_out)[1].transpose(0, 1).contiguous()
+        return attentions
 
     def _output_dropout(self, count: int, batch: int, like: Tensor) -> SteppedDropout:
         pattern = draw(
@@ -224,6 +295,12 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         if self.context_gate is not None:
             dec_out = self.context_gate(dec_in, rnn_out, dec_out)
         return dec_out
+
+
+def _copies_of_steps(dec_out: Tensor) -> list[Tensor]:
+    """The time steps of ``[B, T, H]``, each ``[B, H]`` in its own memory: a view of it then finds its hint."""
+    steps = Steps.packed(dec_out.shape[:1])
+    return [hints.carry(row, steps, row.clone(), steps) for row in hints.unbind(dec_out, _BATCH_FIRST)]
 
 
 class _AttentionRecord:

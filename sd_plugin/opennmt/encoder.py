@@ -84,6 +84,11 @@ class StructuredRNNEncoder(RNNEncoder):
             enc_final_hs = self._bridge(enc_final_hs)
         return enc_out, enc_final_hs, src_len
 
+    @property
+    def current_dropout(self) -> float:
+        """The dropout that its sites follow now."""
+        return float(self.rnn.dropout)
+
     def update_dropout(self, dropout: float, attention_dropout: float | None = None) -> None:
         """Set the dropout of every site that follows ``dropout``, the embeddings included."""
         self.rnn.dropout = dropout

@@ -6,6 +6,7 @@ They are model options: OpenNMT-py saves them in every checkpoint and reads them
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -105,6 +106,15 @@ def uses_plugin(opt: Namespace) -> bool:
     return any(is_ours(name, opt.rnn_type) for name in (opt.encoder_type, opt.decoder_type))
 
 
+def is_structured(opt: Namespace) -> bool:
+    """Whether a model with these options has structured dropout, which mode ``random`` has not."""
+    return uses_plugin(opt) and _mode(opt) != "random"
+
+
+def _mode(opt: Namespace) -> str:
+    return getattr(opt, "sd_mode", None) or replacement.mode or "nr_rh_st"
+
+
 def resolve(opt: Namespace) -> Settings:
     """Check the ``sd_*`` options of ``opt`` and write into it those that depend on the environment.
 
@@ -118,14 +128,14 @@ def resolve(opt: Namespace) -> Settings:
             f"rnn_type {opt.rnn_type} has no structured dropout: use rnn_type LSTM, or encoder_type and "
             f"decoder_type rnn instead of {opt.encoder_type} and {opt.decoder_type}"
         )
-    opt.sd_mode = getattr(opt, "sd_mode", None) or replacement.mode or "nr_rh_st"
+    opt.sd_mode = _mode(opt)
     opt.sd_sampling = getattr(opt, "sd_sampling", None) or "exact"
     opt.sd_format = FORMAT
     recurrent, output = getattr(opt, "sd_recurrent_dropout", None), getattr(opt, "sd_output_dropout", None)
     try:
         check_mode(opt.sd_mode)
         check_sampling(opt.sd_sampling)
-        for p in opt.dropout if isinstance(opt.dropout, list) else [opt.dropout]:
+        for p in _values(opt.dropout):
             check_probability(p, "dropout")
         for name, p in (("sd_recurrent_dropout", recurrent), ("sd_output_dropout", output)):
             if p is not None:
@@ -160,7 +170,7 @@ def check_unknown(arguments: list[str], strict: bool) -> None:
             continue
         if name in OPTIONS:
             raise UsageError(f"{name} is not an option of this program: it is saved in the model; leave it out")
-        meant = f"; did you mean {close[0]}?" if close else ""
+        meant = f"; did you mean {close[0]}?" if close else "."
         raise UsageError(f"unknown option {name}{meant} Valid: {', '.join(OPTIONS)}")
 
 
@@ -193,8 +203,8 @@ def check_resumed(asked: Namespace, stored: Namespace) -> str | None:
         types = f"encoder_type {stored.encoder_type} and decoder_type {stored.decoder_type}"
         if uses_plugin(asked):
             raise UsageError(
-                f"the checkpoint's {types} hold when it is resumed, without structured dropout: "
-                "set SD_PLUGIN=1 to continue it with structured dropout"
+                f"the checkpoint's {types} hold when it is resumed, without structured dropout: to continue it with "
+                "structured dropout set SD_PLUGIN=1, or give --override_opts"
             )
         mode = getattr(stored, "sd_mode", None)
         if mode in (None, "random"):
@@ -211,9 +221,38 @@ def check_resumed(asked: Namespace, stored: Namespace) -> str | None:
         if wanted is not None and wanted != kept:
             raise UsageError(
                 f"{name} {wanted}: the checkpoint's own ({kept}) holds when it is resumed; leave {name} out, "
-                "or give -override_opts"
+                "or give --override_opts"
             )
     kept = getattr(stored, "sd_mode", None)
     if replacement.mode is not None and kept not in (None, replacement.mode):
         return f"SD_PLUGIN={replacement.mode}: the checkpoint's sd_mode {kept} holds when it is resumed"
     return None
+
+
+def continue_dropout(asked: Namespace, stored: Namespace, named: Collection[str]) -> None:
+    """Give a resumed run the dropout of the checkpoint, with its schedule, unless it names its own.
+
+    Args:
+        asked: options of the run, changed in place; stored: those of the checkpoint.
+        named: the options of ``asked`` that the user gave; the others have the host's defaults.
+
+    Raises:
+        UsageError: a probability that the run names is out of range.
+    """
+    if "dropout" in named or ("dropout_steps" in named and asked.dropout_steps != [0]):
+        try:
+            for p in asked.dropout:
+                check_probability(p, "dropout")
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        return
+    # As OpenNMT-py did before it had schedules, a checkpoint may hold one number.
+    asked.dropout = _values(getattr(stored, "dropout", asked.dropout))
+    asked.dropout_steps = _values(getattr(stored, "dropout_steps", [0]))
+    if "attention_dropout" not in named or len(asked.attention_dropout) != len(asked.dropout_steps):
+        asked.attention_dropout = _values(getattr(stored, "attention_dropout", asked.attention_dropout))
+
+
+def _values(option: Any) -> list[Any]:
+    """An option of one value or several, as a list of its own."""
+    return list(option) if isinstance(option, list) else [option]

@@ -14,6 +14,7 @@ onmt = pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 import opennmt_models as models  # noqa: E402
 
 from sd_plugin import StructuredDropoutLSTM, UsageError, stats  # noqa: E402
+from sd_plugin.attentional import is_available  # noqa: E402
 from sd_plugin.kernels import Kept  # noqa: E402
 from sd_plugin.patches import opennmt as patch  # noqa: E402
 
@@ -76,6 +77,64 @@ def test_eval_mode_drops_nothing(changes: dict[str, object]) -> None:
     stock = models.stock_twin(structured, **stock_changes).eval()
     models.assert_same(models.run(structured), models.run(stock), 1e-12)
     assert not stats.sites()
+
+
+COPY = {"copy_attn": True, "global_attention": "general"}
+TOGETHER = [
+    {},
+    {"coverage_attn": True},
+    *({**COPY, "copy_attn_type": kind} for kind in ("dot", "general", "mlp")),
+    {**COPY, "coverage_attn": True, "global_attention": "dot"},
+    {**COPY, "coverage_attn": True, "reuse_copy_attn": True},
+]
+
+
+@pytest.mark.skipif(not is_available(torch.zeros(1)), reason="no backend here has the decoder in one piece")
+@pytest.mark.parametrize("sampling", ["exact", "bernoulli"])
+@pytest.mark.parametrize("changes", TOGETHER, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
+def test_the_decoder_in_one_piece_is_the_one_of_many_steps(
+    changes: dict[str, object], sampling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same masks; also what goes on from the state of a former call, as in truncated back-propagation."""
+    model = models.build(models.options(dropout=[0.4], sd_sampling=sampling, **changes))
+    src, tgt, lengths = models.batch()
+    asked = []
+
+    def run(available: bool) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+        monkeypatch.setattr(
+            "sd_plugin.opennmt.decoder.is_available", lambda emb: asked.append(available) is None and available
+        )
+        torch.manual_seed(5)
+        stats.reset()
+        results = models.run(model)
+        assert all(site.lost == 0 for site in stats.sites().values())
+        # Of the feed, the copy attention and the generator. (In one piece the attention's join skips too.)
+        counts = stats.sites()["decoder.output"].dense, stats.sites()["decoder.output"].skipped
+        model.decoder.detach_state()
+        out, attentions = model(src, tgt, lengths, bptt=True)
+        return results | {"again": out, **{f"again.{k}": v for k, v in attentions.items()}}, counts
+
+    (steps, counted), (together, also_counted) = run(False), run(True)
+    assert asked == [False, False, True, True]
+    models.assert_same(together, steps, 1e-10)
+    assert also_counted == counted and all(value.is_contiguous() for value in together.values())
+
+
+@pytest.mark.parametrize("changes", [{"context_gate": "both"}, {"global_attention": "mlp"}, {"attention_func": 1}])
+def test_what_stands_between_two_steps_keeps_the_decoder_in_steps(changes: dict[str, object]) -> None:
+    if changes.pop("attention_func", None):
+        changes["global_attention_function"] = "sparsemax"
+    model = models.build(models.options(dropout=[0.4], **changes))
+    assert not model.decoder._is_one_operation(torch.zeros(2, 3, 10, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["attn", "copy_attn"])
+def test_an_attention_that_somebody_watches_is_called_at_every_step(name: str) -> None:
+    model = models.build(models.options(dropout=[0.4], copy_attn=True))
+    seen: list[torch.Size] = []
+    getattr(model.decoder, name).register_forward_hook(lambda module, given, found: seen.append(given[0].shape))
+    models.run(model)
+    assert seen == [torch.Size([4, models.HIDDEN])] * 4
 
 
 @pytest.mark.parametrize("sampling", ["exact", "bernoulli"])
@@ -235,6 +294,19 @@ def test_misspelt_keys_are_refused(argument: str, strict: bool) -> None:
     with pytest.raises(UsageError, match="unknown option"):
         check_unknown([argument], strict)
     check_unknown(["--sdk", "--seed_x", "sd_mode", "-s"], strict)
+
+
+def test_a_misspelt_key_is_told_in_sentences() -> None:
+    from sd_plugin.opennmt.options import check_unknown
+
+    valid = "Valid: sd_mode, sd_recurrent_dropout, sd_output_dropout, sd_sampling"
+    for argument, told in (
+        ("--sd_typo", f"unknown option sd_typo. {valid}"),
+        ("--sd_mod", f"unknown option sd_mod; did you mean sd_mode? {valid}"),
+    ):
+        with pytest.raises(UsageError) as caught:
+            check_unknown([argument], strict=False)
+        assert str(caught.value) == told
 
 
 def test_a_mode_asked_of_a_stock_checkpoint_is_not_ignored_in_silence() -> None:

@@ -231,55 +231,6 @@ def test_scoring_while_training_works_for_stock_and_structured_models(corpus: Pa
     assert "validation BLEU" in train(corpus, "bleu2", encoder_type="rnn", decoder_type="rnn", **short)
 
 
-def test_resuming_in_another_way_is_told(trained: Path) -> None:
-    """A checkpoint's own options hold when it is resumed: asking for others must not pass in silence."""
-    stock = {
-        "encoder_type": "brnn",
-        "decoder_type": "rnn",
-        "train_steps": 2,
-        "valid_steps": 2,
-        "save_checkpoint_steps": 2,
-    }
-    train(trained, "plain2", **stock)
-    train(trained, "over2", plugin="1", **stock)
-    more = {**stock, "train_steps": 4}
-    told = train(trained, "r1", train_from="over2_step_2.pt", **more)
-    assert "continues without" in told and "set SD_PLUGIN=1 to keep it" in told
-    assert "structured dropout report" not in told
-    told = train(trained, "r2", plugin="nr_st", train_from="over2_step_2.pt", **more)
-    assert "SD_PLUGIN=nr_st: the checkpoint's sd_mode nr_rh_st holds" in told
-    own = {"encoder_type": "sd_brnn", "decoder_type": "sd_rnn"}
-    for changes, message in (
-        ({**own, "train_from": "plain2_step_2.pt"}, "set SD_PLUGIN=1 to continue it with structured dropout"),
-        ({**own, "train_from": "sd_step_60.pt", "sd_mode": "nr_st"}, "the checkpoint's own (nr_rh_st) holds"),
-        ({**own, "train_from": "sd_step_60.pt", "sd_recurrent_dropout": 0.1}, "the checkpoint's own (None) holds"),
-        ({**own, "train_from": "gone.pt"}, "train_from: no such file: gone.pt"),
-        ({**own, "train_from": "train.de"}, "train_from: train.de is not a checkpoint of OpenNMT-py"),
-    ):
-        name = config(trained, "refused.yaml", save_model="refused", **changes)
-        done = program("onmt_train", "-config", name, folder=trained, code=2)
-        assert message in done.stderr.splitlines()[-1]
-    assert not list(trained.glob("refused_step*"))
-
-
-def test_a_resumed_training_has_the_dropout_of_its_step(corpus: Path) -> None:
-    schedule = {"dropout": [0.0, 0.5], "attention_dropout": [0.0, 0.0], "dropout_steps": [0, 2], "valid_steps": 100}
-    train(corpus, "sched", train_steps=4, save_checkpoint_steps=4, **schedule)
-    log = train(corpus, "sched2", train_from="sched_step_4.pt", train_steps=6, save_checkpoint_steps=6, **schedule)
-    row = next(line for line in log.splitlines() if line.strip().startswith("encoder.embeddings"))
-    assert row.split()[2] == "50.0%"
-
-
-def test_an_empty_or_foreign_model_file_is_one_line_and_spares_the_output(corpus: Path) -> None:
-    (corpus / "empty.pt").write_bytes(b"")
-    torch.save([1, 2], corpus / "list.pt")
-    (corpus / "kept").write_text("a former translation")
-    for model in ("empty.pt", "list.pt", "gone.pt"):
-        done = program("onmt_translate", "-model", model, "-src", "few.de", "-output", "kept", folder=corpus, code=2)
-        assert done.stderr.splitlines()[-1].startswith("sd-plugin: error: model: ")
-    assert (corpus / "kept").read_text() == "a former translation"
-
-
 def test_a_stock_checkpoint_continues_with_structured_dropout(corpus: Path) -> None:
     stock = {"encoder_type": "rnn", "decoder_type": "rnn"}
     assert "sd-plugin" not in train(corpus, "s", train_steps=30, **stock)
@@ -330,15 +281,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(corpus: Path, changes: dict[st
     assert len(lines) == 1 and lines[0].startswith("sd-plugin: error: ") and told in lines[0], lines
     (corpus / "bad.yaml").unlink()
     assert {path: path.stat().st_mtime_ns for path in corpus.iterdir() if path.is_file()} == before
-
-
-def test_a_checkpoint_of_a_newer_plugin_is_refused(trained: Path) -> None:
-    checkpoint = torch.load(trained / "sd_step_60.pt", weights_only=False)
-    checkpoint["opt"].sd_format = 99
-    torch.save(checkpoint, trained / "newer.pt")
-    done = program("onmt_translate", "-model", "newer.pt", "-src", "few.de", "-output", "none", folder=trained, code=2)
-    assert "written by a newer sd-plugin (format 99" in done.stderr.splitlines()[-1]
-    assert not (trained / "none").exists()
 
 
 def test_a_translation_config_with_training_keys_is_told_so(trained: Path) -> None:
