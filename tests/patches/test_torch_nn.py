@@ -391,10 +391,10 @@ def test_lstms_are_known_however_they_came_about(batch_first: bool, how: str) ->
 
 def _after_the_patch(make: Any) -> Any:
     """The outcome of ``make``, called with the patch, and with the LSTMs that were there before unknown."""
-    from sd_plugin.patches import torch_nn
+    from sd_plugin.patches.torch_nn._living import lstms
 
     sd_plugin.enable("torch_nn")
-    torch_nn._lstms.forget()
+    lstms.forget()
     return make()
 
 
