@@ -32,7 +32,7 @@ def lines() -> list[str]:
     totals: dict[str, int] = {}
     for (what, _), number in counts.items():
         totals[what] = totals.get(what, 0) + number
-    text = ["  left as it is:"] if totals else []
+    text = ["  left as the program has it, in training:"] if totals else []
     for what, total in sorted(totals.items(), key=lambda item: -item[1]):
         text.append(f"    {what}{_details(what)}: {total:,}")
     if unseen:

@@ -145,7 +145,7 @@ def _about_sampling() -> str:
     pairs = [f"{kept} of {size}" for size in sorted(_kept) for kept in sorted(_kept[size])]
     shown = pairs[:MOST_PAIRS] + ["…"] * (len(pairs) > MOST_PAIRS)
     return (
-        "units dropped is p as near as whole units come: of H units, round((1 - p) · H) are kept at every step, "
+        '"units dropped" is as near to p as whole units allow: round((1 - p) · H) of H are kept at every step, '
         f"here {', '.join(shown)}"
     )
 

@@ -58,14 +58,22 @@ def _dropout_steps(module: nn.Dropout, input: Tensor, settings: Settings) -> Ste
 
             return Steps(int(batch_first))
     elif input.dim() == 2:
-        steps = rows.steps(input) if lstms.layouts(input.shape[-1]) else None
+        steps = rows.steps(input)
         if steps is None:
-            count("calls of nn.Dropout on 2-D activations, whose rows belong to no time step that is known")
-        elif not _is_left_to_watchers():
+            count("calls of nn.Dropout on 2-D activations, which have no time steps")
+        elif _is_a_width(input.shape[-1]) and not _is_left_to_watchers():
             return steps
     else:
-        count("calls of nn.Dropout on activations of other than 3 dimensions", f"{input.dim()}-D")
+        count("calls of nn.Dropout on activations of other than three dimensions", f"{input.dim()}-D")
     return None
+
+
+def _is_a_width(width: int) -> bool:
+    """Some LSTM that can use a hint has it."""
+    if lstms.layouts(width):
+        return True
+    count("calls of nn.Dropout on activations of a width that no usable nn.LSTM has", f"{width} units")
+    return False
 
 
 def _is_left_to_watchers() -> bool:
@@ -82,14 +90,13 @@ def _batch_first(settings: Settings, width: int) -> bool | None:
         # The program may be done with some of them already.
         gc.collect()
         layouts = lstms.layouts(width)
-    if not layouts:
-        count("calls of nn.Dropout on activations as wide as no nn.LSTM that could skip", width)
+    if not _is_a_width(width):
         return None
     if settings.batch_first is not None:
         return settings.batch_first
     if len(layouts) == 1:
         return next(iter(layouts))
-    count("calls of nn.Dropout on activations whose LSTMs differ in batch_first", width)
+    count("calls of nn.Dropout on activations whose LSTMs differ in batch_first", f"{width} units")
     if not warned:
         warned.add(width)
         warnings.warn(

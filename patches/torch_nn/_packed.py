@@ -38,13 +38,13 @@ class PackedRows:
 
     def steps(self, data: Tensor) -> Steps | None:
         """The time steps of ``data``; None if it is no packed sequence's, or of one that torch would not make."""
+        known = self._known.get(id(data))
+        if known is None or known[0]() is not data:
+            return None
         from sd_plugin.kernels import Steps
 
-        reference, batch_sizes = self._known.get(id(data), (None, None))
-        if reference is None or batch_sizes is None or reference() is not data:
-            return None
         try:
-            steps = Steps.packed(batch_sizes.tolist())
+            steps = Steps.packed(known[1].tolist())
             steps.check("data", data)
         except ValueError:
             return None
