@@ -71,7 +71,7 @@ def script(stock: Any, changes: Sequence[Changed]) -> Any:
 
     @functools.wraps(stock)
     def script(obj: Any, optimize: Any = None, _frames_up: int = 0, *rest: Any, **named: Any) -> Any:
-        with _stock_in_place(changes):
+        with _stock_in_place(changes), _known_as_builtins(changes):
             return stock(obj, optimize, _frames_up + 1, *rest, **named)
 
     return script
@@ -88,3 +88,20 @@ def _stock_in_place(changes: Sequence[Changed]) -> Iterator[None]:
     finally:
         for change, value in zip(changes, present, strict=True):
             setattr(change.owner, change.name, value)
+
+
+@contextmanager
+def _known_as_builtins(changes: Sequence[Changed]) -> Iterator[None]:
+    """A scripted function may have imported a replacement by its name: the compiler takes it for what it replaces."""
+    from torch.jit import _builtins
+
+    table: dict[int, str] = _builtins._get_builtin_table()
+    named = {id(change.replacement): table.get(id(change.stock)) for change in changes}
+    # Only as long as they surely live, since they are known by their addresses.
+    added = {key: name for key, name in named.items() if name is not None and key not in table}
+    table.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            del table[key]
