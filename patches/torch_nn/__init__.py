@@ -2,11 +2,12 @@
 
 | torch | in training |
 |---|---|
-| ``nn.Dropout`` | 3-D activations of an LSTM's width are dropped by the chosen case, with a hint for what follows |
+| ``nn.Dropout`` | activations of an LSTM's width are dropped by the chosen case, with a hint for what follows |
 | ``nn.LSTM`` | uses that hint; its ``dropout`` likewise; ``nr_rh_st`` drops units of :math:`h_{t-1}` too |
 | ``nn.Linear``, ``torch.addmm`` | use the hint of their input; ``addmm`` is what projections written by hand call |
 | ``nn.utils.rnn.pack_padded_sequence`` | carries the hint over |
-| ``nn.RNNBase`` | tells which LSTMs there are |
+| ``nn.utils.rnn.PackedSequence`` | tells which rows of its data belong to which time step |
+| ``nn.RNNBase``, ``nn.RNNCellBase`` | tell which LSTMs there are, and what else, for the report |
 | ``torch.jit.script`` | compiles torch's own code |
 
 In mode ``random``, and in eval mode, torch is left as it is.
@@ -15,18 +16,24 @@ Recurrent dropout in ``nr_rh_st``, unless ``recurrent_dropout`` says otherwise, 
 around the LSTM, as in the paper: its own ``dropout`` if it has several layers, else that of the `nn.Dropout` which its
 input comes from.
 
-An activation's time dimension is that of the living LSTMs which take or give its width. Where these differ in
-``batch_first``, the option of that name decides, or the dropout stays torch's, with a warning.
+The time dimension of a 3-D activation is that of the living LSTMs which take or give its width. Where these differ in
+``batch_first``, the option of that name decides, or the dropout stays torch's, with a warning. A 2-D activation has time
+steps if it is the very tensor that a `PackedSequence` holds as its data.
 
-What stays torch's: `F.dropout`, subclasses of `nn.Dropout` and `nn.LSTM` (parametrized LSTMs among them), activations
-of other than three dimensions or of no LSTM's width, subclasses of `torch.Tensor`, and what `torch.compile`, ``trace``
-or ``script`` captures. Products written as ``F.linear``, ``@`` or ``matmul`` are dense, and the hint counted as lost;
-`F.linear` is not replaced because tensor subclasses and quantization know it by identity. A name imported by ``from
-torch… import`` before the patch is torch's too.
+A subclass of `nn.LSTM` counts if a ``forward`` of its own, which comes to call torch's, is all that it has changed; one
+of `nn.Dropout` if it has not changed that either (see `_classes`). Functions that modules have imported by name are
+replaced there, and put back by `disable`, as far as they are globals of a loaded module.
 
-What has an LSTM's width is taken for one's activation, be it a transformer's. No double backward, no ``torch.func``.
+What stays torch's: `F.dropout`, other subclasses (parametrized LSTMs among them), activations of other dimensions or of
+no LSTM's width, subclasses of `torch.Tensor`, and what is recorded to be run in another way (see `_capture`): under
+`torch.compile`, which includes what it runs between its graphs, ``trace``, ``script``, `torch.export`, `torch.func` and
+dispatch modes. Products written as ``F.linear``, ``@`` or ``matmul`` are dense, and the hint counted as lost; `F.linear`
+is not replaced because tensor subclasses and quantization know it by identity. Each call that is left to torch is
+counted by its reason, for the report.
 
-Nothing is stored in modules, so that a model pickled whole loads without this package.
+What has an LSTM's width is taken for one's activation, be it a transformer's. No double backward.
+
+Nothing is stored in modules or tensors but hints, so that a model pickled whole loads without this package.
 
 Source: Sarma et al. 2021 (arXiv 2106.12089), section 3; Zaremba et al. 2014 (arXiv 1409.2329).
 """
@@ -50,6 +57,8 @@ from .._patcher import Patcher
 from ._settings import checked
 
 OLDEST = (2, 2)
+#: What the report cannot count.
+UNSEEN = "F.dropout, and dropouts and LSTMs that the program has written itself"
 
 _patcher = Patcher()
 #: What modules may have imported by name: torch's function, and what took its place.
@@ -154,9 +163,6 @@ def disable() -> None:
         _living.lstms.forget()
         _packed.rows.forget()
         _report.unseen.discard(UNSEEN)
-
-
-UNSEEN = "F.dropout, and dropouts and LSTMs that the program has written itself"
 
 
 @functools.cache
