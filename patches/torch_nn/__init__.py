@@ -17,8 +17,8 @@ around the LSTM, as in the paper: its own ``dropout`` if it has several layers, 
 input comes from.
 
 The time dimension of a 3-D activation is that of the living LSTMs which take or give its width. Where these differ in
-``batch_first``, the option of that name decides, or the dropout stays torch's, with a warning. A 2-D activation has time
-steps if it is the very tensor that a `PackedSequence` holds as its data.
+``batch_first``, the option of that name decides, or the dropout stays torch's, with a warning. A 2-D activation has
+time steps if it is the very tensor that a `PackedSequence` holds as its data.
 
 A subclass of `nn.LSTM` counts if a ``forward`` of its own, which comes to call torch's, is all that it has changed; one
 of `nn.Dropout` if it has not changed that either (see `_classes`). Functions that modules have imported by name are
@@ -26,10 +26,10 @@ replaced there, and put back by `disable`, as far as they are globals of a loade
 
 What stays torch's: `F.dropout`, other subclasses (parametrized LSTMs among them), activations of other dimensions or of
 no LSTM's width, subclasses of `torch.Tensor`, and what is recorded to be run in another way (see `_capture`): under
-`torch.compile`, which includes what it runs between its graphs, ``trace``, ``script``, `torch.export`, `torch.func` and
-dispatch modes. Products written as ``F.linear``, ``@`` or ``matmul`` are dense, and the hint counted as lost; `F.linear`
-is not replaced because tensor subclasses and quantization know it by identity. Each call that is left to torch is
-counted by its reason, for the report.
+`torch.compile`, which includes what it runs between its graphs, ``trace``, ``script``, `torch.export`, `torch.func`
+and dispatch modes. Products written as ``F.linear``, ``@`` or ``matmul`` are dense, and the hint counted as lost;
+`F.linear` is not replaced because tensor subclasses and quantization know it by identity. Each call that is left to
+torch is counted by its reason, for the report.
 
 What has an LSTM's width is taken for one's activation, be it a transformer's. No double backward.
 
