@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
@@ -61,18 +63,22 @@ def packing(stock: Any) -> Any:
             _hints.carry(input, Steps(int(batch_first)), packed.data, steps)
         return packed
 
-    # What `torch.jit.script` is to compile where a scripted function calls it.
-    pack_padded_sequence.__prepare_scriptable__ = lambda: stock  # type: ignore[attr-defined]
     return pack_padded_sequence
 
 
 def script(stock: Any, changes: Sequence[Changed]) -> Any:
     """``torch.jit.script``, which compiles source, and these functions are not written in its language."""
 
+    replaced = {id(change.replacement): change.stock for change in changes}
+
     @functools.wraps(stock)
-    def script(obj: Any, optimize: Any = None, _frames_up: int = 0, *rest: Any, **named: Any) -> Any:
+    def script(obj: Any, optimize: Any = None, _frames_up: int = 0, _rcb: Any = None, *rest: Any, **named: Any) -> Any:
+        # A scripted function that has imported a replacement by its name makes the compiler come here with it.
+        if inspect.isfunction(replaced.get(id(obj))):
+            obj = replaced[id(obj)]
+            _rcb = torch._jit_internal.createResolutionCallbackFromClosure(obj)  # type: ignore[no-untyped-call]
         with _stock_in_place(changes), _known_as_builtins(changes):
-            return stock(obj, optimize, _frames_up + 1, *rest, **named)
+            return stock(obj, optimize, _frames_up + 1, _rcb, *rest, **named)
 
     return script
 
