@@ -76,7 +76,7 @@ def script(stock: Any, changes: Sequence[Changed]) -> Any:
         # A scripted function that has imported a replacement by its name makes the compiler come here with it.
         if inspect.isfunction(replaced.get(id(obj))):
             obj = replaced[id(obj)]
-            _rcb = torch._jit_internal.createResolutionCallbackFromClosure(obj)  # type: ignore[no-untyped-call]
+            _rcb = torch._jit_internal.createResolutionCallbackFromClosure(obj)
         with _stock_in_place(changes), _known_as_builtins(changes):
             return stock(obj, optimize, _frames_up + 1, _rcb, *rest, **named)
 
