@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from . import _report
+from ._report import REPORT_VARIABLE
 from .kernels import fallbacks
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 #: First words of the report, for whoever looks for it in a log.
 TITLE = "sd-plugin: structured dropout report"
-REPORT_VARIABLE = "SD_PLUGIN_REPORT"
+MOST_PAIRS = 6
 
 
 @dataclass
@@ -45,8 +46,10 @@ class Site:
 
 _sites: dict[str, Site] = {}
 _backends: set[str] = set()
-#: Patterns drawn when the report was last made; None if it was not.
-_told: int | None = None
+#: Units of a layer -> how many of them exact sampling has kept at each step.
+_kept: dict[int, set[int]] = {}
+#: What had been counted when the report was last made; None if it was not.
+_told: tuple[int, int] | None = None
 _registered = False
 
 
@@ -56,9 +59,11 @@ def sites() -> dict[str, Site]:
 
 
 def reset() -> None:
-    """Forget everything counted so far, kernel fallbacks included."""
+    """Forget everything counted so far, kernel fallbacks and what patches have left alone included."""
     global _told
     _sites.clear()
+    _kept.clear()
+    _report.counts.clear()
     _backends.clear()
     fallbacks.clear()
     _told = None
@@ -68,13 +73,17 @@ def count_draw(site: str, kept: Kept) -> None:
     """A pattern was drawn at ``site``."""
     global _registered
     if not _registered:
-        atexit.register(_at_exit)
+        atexit.register(tell_at_exit)
         _registered = True
     counters = _sites.setdefault(site, Site())
     counters.drawn += 1
     counters.units += kept.steps * kept.size
     # Padded rows differ in length; counting them would wait for the device, so their expectation stands for them.
-    width = round(kept.size / kept.scale) if kept.padded else kept.width
+    if kept.padded:
+        width = round(kept.size / kept.scale)
+    else:
+        width = kept.width
+        _kept.setdefault(kept.size, set()).add(width)
     counters.dropped += kept.steps * (kept.size - width)
 
 
@@ -102,8 +111,14 @@ def _percent(part: int, whole: int) -> str:
 
 def lines() -> list[str]:
     """The report, a line each; the first starts with :data:`TITLE`."""
-    if not _sites:
-        return [f"{TITLE}: no unit was dropped"]
+    head = _table() if _sites else [f"{TITLE}: no unit was dropped"]
+    for (operation, backend, reason), count in fallbacks.items():
+        head.append(f"  {count} calls of {operation} passed over backend {backend}: {reason}")
+    return [*head, *_report.lines()]
+
+
+def _table() -> list[str]:
+    """The title, a row per site, and what they come to."""
     table = [("site", "patterns", "units dropped", "multiply-adds skipped", "no product follows", "hints lost")]
     for name, site in _sites.items():
         dropped, skipped = _percent(site.dropped, site.units), _percent(site.skipped, site.dense)
@@ -120,34 +135,54 @@ def lines() -> list[str]:
         f"  {total_skipped / unit:.2f} of {total_dense / unit:.2f} {name} multiply-adds of these products skipped "
         f"({_percent(total_skipped, total_dense)})"
     )
-    for (operation, backend, reason), count in fallbacks.items():
-        text.append(f"  {count} calls of {operation} passed over backend {backend}: {reason}")
+    if _kept:
+        text.append(f"  {_about_sampling()}")
     return text
+
+
+def _about_sampling() -> str:
+    """Why "units dropped" is not the probability that the program names."""
+    pairs = [f"{kept} of {size}" for size in sorted(_kept) for kept in sorted(_kept[size])]
+    shown = pairs[:MOST_PAIRS] + ["…"] * (len(pairs) > MOST_PAIRS)
+    return (
+        '"units dropped" is as near to p as whole units allow: round((1 - p) · H) of H are kept at every step, '
+        f"here {', '.join(shown)}"
+    )
 
 
 def report() -> str:
     """The report as one text; printing it is up to the caller. It is repeated at exit only if it then says more."""
     global _told
-    _told = _drawn()
+    _told = _counted()
     return "\n".join(lines())
 
 
-def _drawn() -> int:
-    return sum(site.drawn for site in _sites.values())
+def _counted() -> tuple[int, int]:
+    return sum(site.drawn for site in _sites.values()), sum(_report.counts.values())
 
 
-def _at_exit() -> None:
-    """The whole report when asked for by ``SD_PLUGIN_REPORT=1``, else one line if something took the slow path."""
-    if not _sites or _told == _drawn():
+def tell_at_exit() -> None:
+    """The whole report when asked for by ``SD_PLUGIN_REPORT=1``, else one line if something took the slow path.
+
+    Called when something was dropped, or a patch is on that may have found nothing to drop.
+    """
+    if _told == _counted():
         return
-    if os.environ.get(REPORT_VARIABLE, "") not in ("", "0"):
-        print(report(), file=sys.stderr)
+    if _report.is_asked_for():
+        if any(_counted()) or (_report.unseen and not _is_child()):
+            print(report(), file=sys.stderr)
         return
     lost = {name: site for name, site in _sites.items() if site.lost}
-    if lost or fallbacks:
+    if lost or (fallbacks and _sites):
         told = ", ".join(f"{name} {site.lost} of {site.drawn}" for name, site in lost.items()) or "no hint lost"
         print(
             f"sd-plugin: slow path taken: dropped tensors that reached no skipping product: {told}; "
             f"backend fallbacks: {sum(fallbacks.values())} ({REPORT_VARIABLE}=1 prints all counters)",
             file=sys.stderr,
         )
+
+
+def _is_child() -> bool:
+    """A process that a program of several has started, such as a data loader's, and that need not report on nothing."""
+    processes = sys.modules.get("multiprocessing.process")
+    return processes is not None and processes.parent_process() is not None

@@ -32,11 +32,13 @@ HOST = registry()["torch_nn"]
 PLACES = [
     (nn.RNNBase, "__init__"),
     (nn.RNNBase, "__setstate__"),
+    (nn.RNNCellBase, "__init__"),
     (nn.Dropout, "forward"),
     (nn.LSTM, "forward"),
     (nn.Linear, "forward"),
     (torch, "addmm"),
     (nn.utils.rnn, "pack_padded_sequence"),
+    (PackedSequence, "__new__"),
     (torch.jit, "script"),
 ]
 
@@ -391,10 +393,10 @@ def test_lstms_are_known_however_they_came_about(batch_first: bool, how: str) ->
 
 def _after_the_patch(make: Any) -> Any:
     """The outcome of ``make``, called with the patch, and with the LSTMs that were there before unknown."""
-    from sd_plugin.patches import torch_nn
+    from sd_plugin.patches.torch_nn._living import lstms
 
     sd_plugin.enable("torch_nn")
-    torch_nn._lstms.forget()
+    lstms.forget()
     return make()
 
 
@@ -450,8 +452,9 @@ def test_a_wrong_layout_is_slow_but_right() -> None:
 # What stays torch's own
 
 
-class Untouched(nn.Dropout):
-    pass
+class Louder(nn.Dropout):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 1.0
 
 
 class Marked(Tensor):
@@ -468,7 +471,7 @@ class Marked(Tensor):
         (nn.Dropout(0.0), torch.ones(4, 3, 16)),
         (nn.Dropout(1.0), torch.ones(4, 3, 16)),
         (nn.Dropout(0.5).eval(), torch.ones(4, 3, 16)),
-        (Untouched(0.5), torch.ones(4, 3, 16)),
+        (Louder(0.5), torch.ones(4, 3, 16)),
     ],
     ids=["2-D", "4-D", "other width", "tensor subclass", "p=0", "p=1", "eval", "subclass"],
 )
@@ -484,9 +487,9 @@ def test_other_dropouts_are_torchs_own(module: nn.Dropout, x: Tensor) -> None:
     del lstm
 
 
-class Louder(nn.LSTM):
-    def forward(self, input: Any, hx: Any = None) -> Any:
-        return super().forward(input * 2, hx)
+class OwnCheck(nn.LSTM):
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        pass
 
 
 @pytest.mark.parametrize(
@@ -494,7 +497,7 @@ class Louder(nn.LSTM):
     [
         lambda: nn.LSTM(16, 16, 2, dropout=0.5, proj_size=4),
         lambda: nn.LSTM(16, 16, 2, dropout=1.0),
-        lambda: Louder(16, 16, 2, dropout=0.5),
+        lambda: OwnCheck(16, 16, 2, dropout=0.5),
         lambda: nn.LSTM(16, 16, 2, dropout=0.5).eval(),
         lambda: nn.GRU(16, 16, 2, dropout=0.5),
     ],
@@ -520,7 +523,7 @@ def test_an_lstm_of_a_tensor_subclass_is_torchs_own() -> None:
 
 def test_dropout_before_other_rnns_alone_is_torchs_own() -> None:
     sd_plugin.enable("torch_nn")
-    rnns = nn.GRU(16, 16), Louder(16, 16), nn.LSTM(16, 16, proj_size=4)
+    rnns = nn.GRU(16, 16), OwnCheck(16, 16), nn.LSTM(16, 16, proj_size=4)
     assert hints.lookup(nn.Dropout(0.5)(torch.randn(4, 3, 16))) is None
     del rnns
 

@@ -60,7 +60,7 @@ def test_report_has_a_row_per_site() -> None:
     for _ in range(2):
         StructuredDropout(0.5, site="of no use")(torch.ones(3, 2, 8))
     fallbacks["gemm_fp", "cuda", "too small"] += 4
-    title, head, used, unused, total, fallen = report().splitlines()
+    title, head, used, unused, total, sampling, fallen = report().splitlines()
     assert re.fullmatch(rf"{stats.TITLE} \(backend: \w+\)", title)
     assert [part.strip() for part in head.split("  ") if part.strip()] == [
         "site", "patterns", "units dropped", "multiply-adds skipped", "no product follows", "hints lost",
@@ -69,6 +69,7 @@ def test_report_has_a_row_per_site() -> None:
     assert unused.split() == ["of", "no", "use", "2", "50.0%", "-", "0", "2"]
     assert len(head) == len(used) == len(unused), "columns are aligned"
     assert total.strip() == "0.06 of 0.24 k multiply-adds of these products skipped (25.0%)"
+    assert sampling.endswith("round((1 - p) · H) of H are kept at every step, here 4 of 8, 6 of 8")
     assert fallen.strip() == "4 calls of gemm_fp passed over backend cuda: too small"
 
 
@@ -87,6 +88,22 @@ def test_bernoulli_counts_what_is_expected_to_drop() -> None:
     assert site.dropped / site.units == pytest.approx(0.25)
 
 
+def test_a_share_that_is_not_p_is_explained() -> None:
+    """Of 32 units, p = 0.3 drops 10, which is 31.2%."""
+    StructuredDropout(0.3, site="in")(torch.ones(3, 2, 32))
+    assert report().splitlines()[2].split()[2] == "31.2%"
+    assert report().splitlines()[-1].endswith("here 22 of 32")
+    stats.reset()
+    StructuredDropout(0.3, sampling="bernoulli")(torch.ones(3, 2, 32))
+    assert "of H are kept" not in report(), "its number of units differs from step to step"
+
+
+def test_the_explanation_names_a_few_widths_only() -> None:
+    for width in range(11, 19):
+        StructuredDropout(0.5)(torch.ones(1, 1, width))
+    assert report().splitlines()[-1].endswith("here 6 of 11, 6 of 12, 6 of 13, 7 of 14, 8 of 15, 8 of 16, …")
+
+
 DROP = "y = sd_plugin.StructuredDropout(0.5, site='emb')(torch.ones(3, 2, 4))"
 USE = "sd_plugin.StructuredLinear(4, 2)(y)"
 SLOW = "sd-plugin: slow path taken: dropped tensors that reached no skipping product: "
@@ -99,10 +116,11 @@ SLOW = "sd-plugin: slow path taken: dropped tensors that reached no skipping pro
         ([DROP, USE, DROP], "", f"{SLOW}emb 1 of 2; backend fallbacks: 0", 1),
         ([DROP, "sd_plugin.stats.reset()", DROP], "0", f"{SLOW}emb 1 of 1;", 1),
         ([DROP, USE, "sd_plugin.stats.fallbacks['gemm_fp', 'cuda', 'x'] = 3"], "", f"{SLOW}no hint lost; backend", 1),
-        ([DROP, USE], "1", f"{stats.TITLE} (backend: ", 4),
+        ([DROP, USE], "1", f"{stats.TITLE} (backend: ", 5),
+        (["sd_plugin.stats.reset()"], "1", "", 0),
         ([DROP, "sd_plugin.report()"], "1", "", 0),
     ],
-    ids=["used", "lost", "lost after a reset", "fallback", "asked for", "told before"],
+    ids=["used", "lost", "lost after a reset", "fallback", "asked for", "nothing to tell", "told before"],
 )  # fmt: skip
 def test_what_is_told_at_exit(lines: list[str], setting: str, start: str, count: int) -> None:
     program = textwrap.dedent(

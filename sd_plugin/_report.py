@@ -1,0 +1,48 @@
+"""The report beside its table of sites: who asks for it, and what patches have left to their hosts, and why.
+
+Patches count while torch may still be under import, so this module imports nothing of it.
+"""
+
+from __future__ import annotations
+
+import os
+
+REPORT_VARIABLE = "SD_PLUGIN_REPORT"
+#: (what was left, a detail of it or None) -> how often.
+counts: dict[tuple[str, object], int] = {}
+#: What patches that are on cannot even count, in words; empty if no patch says so.
+unseen: set[str] = set()
+
+MOST_DETAILS = 6
+
+
+def is_asked_for() -> bool:
+    """The environment wants the whole report at exit."""
+    return os.environ.get(REPORT_VARIABLE, "") not in ("", "0")
+
+
+def count(what: str, detail: object = None) -> None:
+    """``what``, which reads as "calls of …", was left once more. Details are listed together."""
+    key = what, detail
+    counts[key] = counts.get(key, 0) + 1
+
+
+def lines() -> list[str]:
+    """One of each, most frequent first, and what cannot be seen; none if no patch has counted or said anything."""
+    totals: dict[str, int] = {}
+    for (what, _), number in counts.items():
+        totals[what] = totals.get(what, 0) + number
+    text = ["  left as the program has it, in training:"] if totals else []
+    for what, total in sorted(totals.items(), key=lambda item: -item[1]):
+        text.append(f"    {what}{_details(what)}: {total:,}")
+    if unseen:
+        if not totals:
+            text.append("  nothing of what the patch knows was called in training")
+        text.append(f"  not seen, so not counted: {'; '.join(sorted(unseen))}")
+    return text
+
+
+def _details(what: str) -> str:
+    details = sorted(str(detail) for about, detail in counts if about == what and detail is not None)
+    shown = details[:MOST_DETAILS] + ["…"] * (len(details) > MOST_DETAILS)
+    return f" ({', '.join(shown)})" if shown else ""
