@@ -159,9 +159,9 @@ def _built(backend: str) -> dict[str, str]:
     """How a backend was compiled, where it is."""
     if backend != "cpu":
         return {}
-    from .kernels.cpu import build
+    from .kernels.cpu import library
 
-    return build.describe()
+    return library.describe()
 
 
 def _devices() -> list[str]:
