@@ -273,6 +273,19 @@ def test_no_folder_at_all_says_what_to_do(tmp_path: Path, temporary: Path, monke
     assert "Not a directory" in str(cache_folder.problem())
 
 
+def test_a_folder_that_cannot_be_made_is_a_problem_where_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cache_folder.problem() is None
+    # The administrator can write everywhere.
+    monkeypatch.setattr(os, "access", lambda path, *_, **__: Path(path) != tmp_path)
+    path = tmp_path / "more" / "cache"
+    assert (
+        cache_folder.problem({"SD_PLUGIN_CACHE": str(path)}) == f"{path} cannot be made: {tmp_path} cannot be written"
+    )
+    assert cache_folder.problem({"XDG_CACHE_HOME": str(path)}) is None, "a home may be read-only"
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o755])
 def test_a_file_that_only_its_owner_writes_is_opened(tmp_path: Path, mode: int) -> None:
     path = cache_folder.made() / "file"
