@@ -190,7 +190,7 @@ def _variable(name: str, environ: Mapping[str, str]) -> dict[str, str | None]:
 
 def _misspelt(environ: Mapping[str, str]) -> list[dict[str, str | None]]:
     """Variables that are named as if they were this plugin's."""
-    found = []
+    found: list[dict[str, str | None]] = []
     for name in sorted(environ):
         if name.startswith("SD_PLUGIN_") and name not in VARIABLES and not name.startswith(_OF_TESTS):
             close = difflib.get_close_matches(name, VARIABLES, n=1)
