@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,12 +25,14 @@ Spoil = Callable[[Path], None]
 
 
 @pytest.fixture(autouse=True)
-def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The candidate among the temporary files; the chosen one is ``tmp_path / "cache"``."""
+    before = os.umask(0o022)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setenv("SD_PLUGIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "temporary" / f"sd-plugin-{os.geteuid()}"
+    yield tmp_path / "temporary" / f"sd-plugin-{os.geteuid()}"
+    os.umask(before)
 
 
 @pytest.fixture

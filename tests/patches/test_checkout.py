@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,14 +44,16 @@ def write(folder: Path, **changes: str | None) -> Path:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder; the working directory is an empty one too."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder that is not there yet; the working directory is an empty one."""
+    before = os.umask(0o022)
     folder = tmp_path / "cache"
     monkeypatch.setenv("SD_PLUGIN_CACHE", str(folder))
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    return folder
+    yield folder
+    os.umask(before)
 
 
 @pytest.fixture
