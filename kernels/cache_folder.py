@@ -107,15 +107,15 @@ def existing(*names: str) -> list[Path]:
 
 def problem(environ: Mapping[str, str] = os.environ) -> str | None:
     """Why the folder that the environment chooses cannot be used, in one line; None if it can, or can be made."""
-    place = chosen(environ)
+    place, named = chosen(environ), environ.get(VARIABLE, "").strip()
     if place is None:
-        return None
+        return f"{VARIABLE}={named}: there is no such home" if named else None
     try:
         with opened(place):
             return None
     except FileNotFoundError:
         above = next(path for path in (place, *place.parents) if path.exists())
-        if environ.get(VARIABLE, "").strip() and not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
+        if named and not os.access(above, os.W_OK | os.X_OK, effective_ids=True):
             return f"{place} cannot be made: {above} cannot be written"
     except OSError as error:
         return " ".join(str(error).split())

@@ -286,6 +286,7 @@ def test_a_folder_that_cannot_be_made_is_a_problem_where_it_was_asked_for(
         cache_folder.problem({"SD_PLUGIN_CACHE": str(path)}) == f"{path} cannot be made: {tmp_path} cannot be written"
     )
     assert cache_folder.problem({"XDG_CACHE_HOME": str(path)}) is None, "a home may be read-only"
+    assert "no such home" in str(cache_folder.problem({"SD_PLUGIN_CACHE": "~no-such-user/cache"}))
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o755])
