@@ -148,16 +148,19 @@ def _open(folder: int, path: Path, exports: Collection[str]) -> ctypes.CDLL:
     except cache_folder.UnsafeError as error:
         cache_folder.warn(error)
         raise
-    # A library that was cut short may kill the process that loads it, so its checksum comes first.
-    with open(file, "rb", closefd=False) as stream:
-        content = stream.read()
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+    try:
+        with open(file, "rb", closefd=False) as stream:
+            content = stream.read()
+        # A library that was cut short may kill the process that loads it, so its checksum comes first.
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            raise OSError(f"{path.name} is damaged")
+        # The very file that was checked, whatever its path leads to by now. Without /proc there is only the path.
+        checked = f"/proc/self/fd/{file}"
+        library = ctypes.CDLL(checked if os.path.exists(checked) else str(path))
+    except OSError:
         os.close(file)
-        raise OSError(f"{path.name} is damaged")
-    # The very file that was checked, whatever its path leads to by now. The loader knows it by this name from now on,
-    # so its descriptor stays open: no other library may get that number. Without /proc there is only the path.
-    checked = f"/proc/self/fd/{file}"
-    library = ctypes.CDLL(checked if os.path.exists(checked) else str(path))
+        raise
+    # From now on the loader knows it by that name, so its descriptor stays open: no other library may get the number.
     for name in exports:
         if not hasattr(library, name):
             raise OSError(f"{path.name} lacks {name}")
