@@ -12,6 +12,7 @@ import importlib.util
 import os
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -108,13 +109,13 @@ def status() -> dict[str, str | None]:
     return {name: _load(name)[1] for name in BACKENDS}
 
 
-def forced() -> str | None:
+def forced(environ: Mapping[str, str] = os.environ) -> str | None:
     """The backend that ``SD_PLUGIN_BACKEND`` names, None when it is unset, empty or ``auto``.
 
     Raises:
         BackendError: it names no backend.
     """
-    name = os.environ.get(VARIABLE, "").strip().lower()
+    name = environ.get(VARIABLE, "").strip().lower()
     if name in ("", "auto"):
         return None
     if name not in BACKENDS:

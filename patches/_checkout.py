@@ -1,7 +1,8 @@
 """Hosts that are not installed but checked out: where they lie, whether they are what they should be, and getting one.
 
 A checkout is looked for in the folder that an environment variable names, in the working directory and in the cache
-folder; :meth:`Checkout.obtain` clones the pinned commit into the latter.
+folder; :meth:`Checkout.obtain` clones the pinned commit into the latter. One in the cache folder is used only if nobody
+else can have changed anything in it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from sd_plugin.errors import UsageError
 
 from ._fingerprint import Fingerprint, difference
 from ._host import Finding
+
+#: How the folders begin that a host is cloned into before it gets its name.
+_SCRATCH = ".cloning-"
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,13 @@ class Checkout:
         named = environ.get(self.variable, "").strip()
         first = next(iter(self.fingerprints))
         here = [Path.cwd()] if (Path.cwd() / first).is_file() else []
-        kept = self.cached()
-        return [*([Path(named).expanduser()] if named else []), *here, *([kept] if kept.exists() else [])]
+        return [*([Path(named).expanduser()] if named else []), *here, *self.cached()]
 
-    def cached(self) -> Path:
-        """Where :meth:`obtain` keeps its clone."""
-        from sd_plugin.kernels.cpu.build import cache_folder
+    def cached(self) -> list[Path]:
+        """The clones that :meth:`obtain` made and nobody else can have changed."""
+        from sd_plugin.kernels import cache_folder
 
-        return cache_folder() / "hosts" / self.name
+        return cache_folder.existing("hosts", self.name)
 
     def find(self, environ: Mapping[str, str]) -> list[Finding]:
         """Every candidate with what is wrong with it."""
@@ -92,13 +95,21 @@ class Checkout:
         Raises:
             UsageError: it could not be cloned.
         """
-        target = self.cached()
+        from sd_plugin.kernels import cache_folder, leftovers
+
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            target = cache_folder.made("hosts") / self.name
+            if os.path.lexists(target) and target not in self.cached():
+                raise UsageError(
+                    f"{target} is in the way: others may have changed it, or it is a link; remove it, "
+                    f"or name a checkout of {self.name} with {self.variable}"
+                )
+            leftovers.remove(target.parent, f"{_SCRATCH}*")
+            prefix = f"{_SCRATCH}{leftovers.tag()}-"
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as scratch:
                 self._clone(Path(scratch) / self.name, target)
         except OSError as error:
-            raise self._not_obtained(f"{error.strerror}: {error.filename}") from error
+            raise self._not_obtained(f"{error.strerror}: {error.filename}" if error.filename else str(error)) from error
         return target
 
     def _clone(self, clone: Path, target: Path) -> None:
@@ -121,6 +132,8 @@ class Checkout:
                 capture_output=True,
                 text=True,
                 timeout=600,
+                # Nobody else may write what is run later.
+                umask=0o077,
                 # A server that asks for a password must not hang the program.
                 env={**os.environ, "GIT_TERMINAL_PROMPT": "0"},
                 check=False,

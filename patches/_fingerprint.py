@@ -41,7 +41,7 @@ def difference(source: str, fingerprint: Fingerprint) -> str | None:
     """The first point in which ``source`` is not what ``fingerprint`` describes, in words; None if there is none."""
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the latter two: nested too deeply
         return f"it is not Python ({error.__class__.__name__})"
     found = dict(_functions(tree, ""))
     for name, expected in fingerprint.items():

@@ -20,6 +20,7 @@ from typing import IO, Any
 import torch
 
 from sd_plugin.errors import UsageError
+from sd_plugin.kernels import leftovers
 
 from ._patcher import Patcher
 
@@ -63,7 +64,7 @@ class AtomicWriter(io.BufferedWriter):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._target = os.path.realpath(path)
         # Another process that saves to the same name must not write into this one's file.
-        self._partial = f"{self._target}.partial-{os.getpid()}"
+        self._partial = str(leftovers.partial(self._target))
         super().__init__(io.FileIO(self._partial, "w"))
         if os.path.exists(self._target):
             shutil.copymode(self._target, self._partial)

@@ -401,44 +401,88 @@ def verify_prepared(folder: Path, recipe: dict[str, object]) -> None:
     """
     remedy = "--force replaces it"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files, made_by = dict(manifest["files"]), dict(manifest["recipe"])
+        files, made_by = _read_manifest(folder / MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{folder} exists but this script did not make it; {remedy}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, IsADirectoryError) as error:
         raise DataError(f"{folder / MANIFEST} is damaged; {remedy}") from error
     if made_by != recipe:
         given = [", ".join(f"{key} {value}" for key, value in r.items()) for r in (made_by, recipe)]
         raise DataError(f"{folder} was made with other options ({given[0]}, not {given[1]}); {remedy}")
-    for name, facts in files.items():
+    for name, (size, sha256) in files.items():
         path = folder / name
         if not path.is_file():
             raise DataError(f"{folder} lacks {name}; {remedy}")
-        if path.stat().st_size != facts["size"] or sha256_of(path) != facts["sha256"]:
+        if path.stat().st_size != size or sha256_of(path) != sha256:
             raise DataError(f"{path} was changed since it was prepared; {remedy}")
 
 
+def _read_manifest(path: Path) -> tuple[dict[str, tuple[int, str]], dict[str, object]]:
+    """Size and digest of every file, and the recipe.
+
+    Raises:
+        OSError: it is not there. ValueError, KeyError, TypeError, OverflowError, RecursionError: it is not what
+            :func:`write_manifest` writes.
+    """
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    files, recipe = manifest["files"], manifest["recipe"]
+    if not isinstance(files, dict) or not isinstance(recipe, dict):
+        raise TypeError("the files and the recipe are tables")
+    found = {}
+    for name, facts in files.items():
+        # It would be another folder's file, or the folder itself.
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"{name!r} is no file of the folder")
+        found[name] = (int(facts["size"]), str(facts["sha256"]))
+    return found, recipe
+
+
+def discard(path: Path) -> None:
+    """Remove whatever has that name, if anything: a folder with all that is in it, a file, or a link.
+
+    What a link leads to is the user's: it stays.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def renew(folder: Path) -> None:
+    """Make ``folder`` an empty one, whatever has that name."""
+    discard(folder)
+    folder.mkdir()
+
+
 def recover(final: Path) -> None:
-    """Bring back the folder that :func:`publish` had set aside when it was killed between its two renames."""
-    aside = final.with_name(f".{final.name}.replaced")
-    if aside.exists():
-        if final.exists():
-            shutil.rmtree(aside)
+    """Bring back what :func:`publish` had set aside when it was killed between its two renames."""
+    aside = _aside(final)
+    if os.path.lexists(aside):
+        if os.path.lexists(final):
+            discard(aside)
         else:
             aside.rename(final)
 
 
 def publish(stage: Path, final: Path) -> None:
-    """Give a complete folder its name, replacing what has that name, once everything is on the disk."""
+    """Give a complete folder its name, replacing what has that name, once everything is on the disk.
+
+    If that is a link, to a larger disk for instance, then the folder takes the place of the link.
+    """
     for path in stage.iterdir():
         sync(path)
     sync(stage)
-    aside = final.with_name(f".{final.name}.replaced")
-    if final.exists():
+    aside = _aside(final)
+    if os.path.lexists(final):
         final.rename(aside)
     stage.rename(final)
     sync(final.parent)
-    if aside.is_dir():
-        shutil.rmtree(aside)
-    elif aside.exists():
-        aside.unlink()
+    discard(aside)
+
+
+def _aside(final: Path) -> Path:
+    """The name of what is being replaced."""
+    return final.with_name(f".{final.name}.replaced")

@@ -10,7 +10,7 @@ stays as it is until its successor is complete. Exit status: 0 done or nothing t
 """
 
 import contextlib
-import shutil
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +34,7 @@ from corpus_files import (
     address,
     check_parallel,
     choose,
+    discard,
     drop_blank_pairs,
     exclusive,
     fetch,
@@ -41,6 +42,7 @@ from corpus_files import (
     place,
     publish,
     recover,
+    renew,
     squeeze_spaces,
     verify_prepared,
     write_manifest,
@@ -81,14 +83,16 @@ def download(corpus: Corpus, folder: Path, mirror: str | None) -> None:
     """
     if not corpus.fetchable:
         raise DataError(f"{corpus.name} {corpus.note}")
-    folder.mkdir(exist_ok=True)
+    # It may be a link to where there is room, but not to nowhere.
+    if not folder.is_dir():
+        renew(folder)
     origins = [file.origin for file in corpus.files if file.origin]
     try:
         _fetch_all(origins, folder, mirror)
     finally:
         # Nothing came, so there is nothing to go on with.
         if not any(folder.iterdir()):
-            folder.rmdir()
+            discard(folder)
 
 
 def _fetch_all(origins: list[Origin], folder: Path, mirror: str | None) -> None:
@@ -182,12 +186,12 @@ def _spell_out(parts: dict[str, list[int]], stage: Path, total: int) -> None:
 def _staging(out: Path, name: str) -> Iterator[Path]:
     """An empty working folder, gone afterwards unless it was renamed."""
     stage = out / f".{name}.staging"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir()
+    renew(stage)
     try:
         yield stage
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            discard(stage)
 
 
 class Done(NamedTuple):
@@ -245,7 +249,8 @@ def prepare(
             if pieces is not None:
                 subwords.train(ready, _languages(name), pieces, stage).replace(ready / subwords.MODEL)
             publish(ready, final)
-        shutil.rmtree(_downloads(out, name), ignore_errors=True)
+        with contextlib.suppress(OSError):
+            discard(_downloads(out, name))
     return Done(True, pieces is not None)
 
 
@@ -255,7 +260,7 @@ def _stays(final: Path, recipe: dict[str, object], force: bool, pieces: int | No
     Raises:
         DataError: it is not what ``recipe`` makes, and ``force`` is not given.
     """
-    if not final.exists() or (force and pieces is None):
+    if not os.path.lexists(final) or (force and pieces is None):
         return False
     try:
         verify_prepared(final, recipe)

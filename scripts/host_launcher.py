@@ -133,13 +133,13 @@ def text_folder(folder: Path, names: Mapping[str, str]) -> Path:
 
 def _linked(folder: Path, files: Mapping[str, Path]) -> Path:
     """A folder of links, always the same one for ``folder``: hosts name their caches by the path they are given."""
-    from sd_plugin.kernels.cpu.build import cache_folder
+    from sd_plugin.kernels import cache_folder, leftovers
 
     where = str(folder.resolve())
-    links = cache_folder() / "corpora" / hashlib.sha256(where.encode()).hexdigest()[:16]
-    links.mkdir(parents=True, exist_ok=True)
+    links = cache_folder.made("corpora", hashlib.sha256(where.encode()).hexdigest()[:16])
     for name, path in files.items():
-        fresh = links / f"{name}.{os.getpid()}"
+        fresh = leftovers.partial(links / name)
+        fresh.unlink(missing_ok=True)
         fresh.symlink_to(path.resolve())
         fresh.replace(links / name)
     return links

@@ -91,7 +91,9 @@ def write_vectors(files: Mapping[str, Path], target: Path, size: int, seed: int)
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file, complete or not at all: it gets its name when it is."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    from sd_plugin.kernels import leftovers
+
+    partial = leftovers.partial(path)
     try:
         with partial.open("w", encoding="utf-8", newline="") as file:
             file.write(text)

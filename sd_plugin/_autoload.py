@@ -200,16 +200,33 @@ def _tell(patch: str, name: str, module: "ModuleType") -> None:
         from importlib import import_module
 
         import_module(patch).on_import(module)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        # Ctrl-C, or what a time limit or an event loop throws at the program, strikes in here by chance.
+        if not isinstance(error, (Exception, SystemExit)) and not _is_own(error):
+            raise
         # One broken patch would otherwise be reported for each of its host's modules.
         _warn(f"{name} not patched: {_describe(error)}", key=(patch, _describe(error)))
+
+
+def _is_own(error: BaseException) -> bool:
+    """A `raise` statement of this package made it; nothing from outside struck while its code was running."""
+    from opcode import opname
+
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None:
+        return False
+    frame = traceback.tb_frame
+    own = frame.f_globals.get("__name__", "").partition(".")[0] == "sd_plugin"
+    return own and opname[frame.f_code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _describe(error: BaseException) -> str:
     """The error in one line, with the place it was raised at: there is no traceback to find that in."""
     try:
         text = f"{type(error).__name__}: {error}"
-    except Exception:  # an exception may fail to tell what it is, which must not fail the host's import
+    except BaseException:  # an exception may fail to tell what it is, which must not fail the host's import
         text = type(error).__name__
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:

@@ -11,6 +11,7 @@ VARIABLE = "SD_PLUGIN"
 TARGETS_VARIABLE = "SD_PLUGIN_TARGETS"
 CASE_VARIABLE = "SD_PLUGIN_CASE"
 RECURRENT_VARIABLE = "SD_PLUGIN_RECURRENT_DROPOUT"
+REPORT_VARIABLE = "SD_PLUGIN_REPORT"
 MODES = ("random", "nr_st", "nr_rh_st")
 CASES = ("I", "II", "III", "IV")
 # What SD_PLUGIN_TARGETS takes: the hosts, each by the name of its patch module (but `torch` is `torch_nn`).
@@ -133,3 +134,15 @@ def read_recurrent_dropout(environ: "Mapping[str, str]") -> "float | None":
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{RECURRENT_VARIABLE}={text!r} must be a number in [0, 1)")
     return value
+
+
+def read_report(environ: "Mapping[str, str]") -> bool:
+    """Whether `SD_PLUGIN_REPORT` asks for the report when a program ends: it is set, and not `0`.
+
+    Raises:
+        ValueError: it says neither yes nor no.
+    """
+    text = environ.get(REPORT_VARIABLE, "")
+    if text not in ("", "0") and text.strip().lower() not in _ON:
+        raise ValueError(f"{REPORT_VARIABLE}={text!r} prints the report; valid: 0 (which does not), {', '.join(_ON)}")
+    return text not in ("", "0")

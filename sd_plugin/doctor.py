@@ -1,16 +1,18 @@
 """The sub-command ``sd-plugin doctor``: what the plugin finds on this machine, and what it would do here.
 
-It looks at hosts without importing them, and changes nothing.
+It looks at hosts without importing them, and changes nothing; the CPU kernels are compiled if they were not. The exit
+status is 1 if an environment variable has a value that is not understood or cannot be used here.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -20,12 +22,14 @@ from ._environment import (
     CASES,
     MODES,
     RECURRENT_VARIABLE,
+    REPORT_VARIABLE,
     TARGETS,
     TARGETS_VARIABLE,
     VARIABLE,
     Switch,
     read_case,
     read_recurrent_dropout,
+    read_report,
     read_switch,
 )
 from .patches import Finding, Host, registry
@@ -37,20 +41,25 @@ VARIABLES = {
     CASE_VARIABLE: f"how units are dropped, of {', '.join(CASES)} (Fig. 1 of the paper); not set: III",
     RECURRENT_VARIABLE: "recurrent dropout for targets torch and targer; not set: that of the dropout around the LSTM",
     "SD_PLUGIN_BACKEND": "auto (default), or forces a backend",
-    "SD_PLUGIN_REPORT": "1: counters of what was dropped and skipped, when a program ends",
+    REPORT_VARIABLE: "1: counters of what was dropped and skipped, when a program ends",
     "SD_PLUGIN_CUDA_RECURRENCE": "persistent or steps: how an LSTM layer runs on a GPU; not set: whichever fits",
     "SD_PLUGIN_CUDA_PRODUCTS": "skip or dense: how products run on a GPU; not set: what should be faster",
     "SD_PLUGIN_CXX": "the compiler of the CPU backend; not set: CXX, g++ or c++",
     "SD_PLUGIN_CPU_ISA": "avx512, avx2 or portable, instead of the most the machine has",
+    "SD_PLUGIN_CPU_SANITIZE": "the CPU kernels with a sanitizer, for tests",
     "SD_PLUGIN_CACHE": "where compiled libraries and cloned hosts are kept; not set: in XDG_CACHE_HOME or ~/.cache",
     "AWD_LSTM_DIR": "a checkout of salesforce/awd-lstm-lm",
     "TARGER_DIR": "a checkout of achernodub/targer",
 }
+#: Variables of checkouts -> the host.
+_CHECKOUTS = {"AWD_LSTM_DIR": "awd_lstm", "TARGER_DIR": "targer"}
+#: How the variables begin that only this project's tests read.
+_OF_TESTS = "SD_PLUGIN_TEST_"
 _CUPY = ("cupy", "cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print what is found; 0."""
+    """Print what is found; 1 if a variable has a problem, else 0."""
     parser = argparse.ArgumentParser(
         prog="sd-plugin doctor",
         description="List hosts, backends and settings: what is there, whether it is patched or used, and why not.",
@@ -63,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         # Whoever reads it (`| head`) has seen enough; the interpreter must not flush to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return int(any(variable["problem"] for variable in found["environment"]))
 
 
 def examine(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -75,7 +84,7 @@ def examine(environ: Mapping[str, str]) -> dict[str, Any]:
         "hosts": [_host(host, environ, switch) for host in registry().values()],
         "backends": _backends(),
         "devices": _devices(),
-        "environment": [_variable(name, environ) for name in VARIABLES],
+        "environment": [*(_variable(name, environ) for name in VARIABLES), *_misspelt(environ)],
     }
 
 
@@ -159,9 +168,9 @@ def _built(backend: str) -> dict[str, str]:
     """How a backend was compiled, where it is."""
     if backend != "cpu":
         return {}
-    from .kernels.cpu import build
+    from .kernels.cpu import library
 
-    return build.describe()
+    return library.describe()
 
 
 def _devices() -> list[str]:
@@ -174,8 +183,71 @@ def _devices() -> list[str]:
 
 def _variable(name: str, environ: Mapping[str, str]) -> dict[str, str | None]:
     value = environ.get(name)
-    problem = read_switch({name: value or ""}).problem or _problem({name: value or ""})
+    # Each is read by itself, so that a problem is told where it is.
+    problem = _problem_of(name, environ if name == "SD_PLUGIN_CACHE" else {name: value or ""})
     return {"name": name, "value": value, "meaning": VARIABLES[name], "problem": problem}
+
+
+def _misspelt(environ: Mapping[str, str]) -> list[dict[str, str | None]]:
+    """Variables that are named as if they were this plugin's."""
+    found: list[dict[str, str | None]] = []
+    for name in sorted(environ):
+        if name.startswith("SD_PLUGIN_") and name not in VARIABLES and not name.startswith(_OF_TESTS):
+            close = difflib.get_close_matches(name, VARIABLES, n=1)
+            problem = f"there is no such variable; did you mean {close[0]}?" if close else "there is no such variable"
+            found.append({"name": name, "value": environ[name], "meaning": "unknown, and ignored", "problem": problem})
+    return found
+
+
+def _problem_of(name: str, environ: Mapping[str, str]) -> str | None:
+    """Why a variable's value is not understood or cannot be used here, by those who read it; None if it can."""
+    if name in (VARIABLE, TARGETS_VARIABLE):
+        return read_switch(environ).problem
+    if name in _CHECKOUTS:
+        return _problem_of_checkout(name, environ)
+    if name == "SD_PLUGIN_CACHE":
+        from .kernels import cache_folder
+
+        return cache_folder.problem(environ)
+    try:
+        _readers()[name](environ)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return None
+
+
+def _readers() -> dict[str, Callable[[Mapping[str, str]], object]]:
+    """Variable -> what reads it, or raises a ValueError or RuntimeError that names it and what is valid."""
+    from .kernels.cpu import toolchain
+    from .kernels.cuda import choices
+
+    return {
+        CASE_VARIABLE: read_case,
+        RECURRENT_VARIABLE: read_recurrent_dropout,
+        REPORT_VARIABLE: read_report,
+        "SD_PLUGIN_BACKEND": _check_backend,
+        choices.RECURRENCE: lambda environ: choices.read(choices.RECURRENCE, environ),
+        choices.PRODUCTS: lambda environ: choices.read(choices.PRODUCTS, environ),
+        "SD_PLUGIN_CXX": toolchain.check_compiler,
+        "SD_PLUGIN_CPU_ISA": toolchain.wanted_isa,
+        "SD_PLUGIN_CPU_SANITIZE": toolchain.wanted_sanitizer,
+    }
+
+
+def _check_backend(environ: Mapping[str, str]) -> None:
+    from . import kernels
+
+    name = kernels.forced(environ)
+    reason = None if name is None else kernels.status()[name]
+    if reason is not None:
+        raise kernels.BackendError(f"SD_PLUGIN_BACKEND={name} cannot run here: {reason}")
+
+
+def _problem_of_checkout(name: str, environ: Mapping[str, str]) -> str | None:
+    if not environ[name].strip():
+        return None
+    named, *_ = registry()[_CHECKOUTS[name]].find(environ)
+    return named.problem
 
 
 def _problem(environ: Mapping[str, str]) -> str | None:

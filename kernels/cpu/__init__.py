@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .build import load
 from .decoder import decoder_backward, decoder_forward
 from .gemm import gemm_bp, gemm_fp, gemm_pack, gemm_wg
+from .library import load
 from .loss import cross_entropy_backward, cross_entropy_forward
 from .lstm import lstm_backward, lstm_forward, lstm_pack
 from .toolchain import BuildError

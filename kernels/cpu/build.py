@@ -1,14 +1,15 @@
 """Builds the CPU kernels with the system's C++ compiler, once per machine, and loads them.
 
 The library is a C ABI loaded by ``ctypes``: it needs no headers of torch or Python, so one build serves every torch
-and Python of a user. It lies in a cache directory under a name that tells apart everything it was made from: sources,
-flags, instruction set, compiler, and the OpenMP runtime it is linked to.
+and Python of a user. It lies in the cache folder under a name that tells apart everything it was made from: sources,
+flags, instruction set, compiler, and the OpenMP runtime it is linked to. Only a folder, and a file in it, that nobody
+else can write are used.
 
 Environment variables:
 
 - ``SD_PLUGIN_CPU_ISA``: ``avx512``, ``avx2`` or ``portable``, instead of the best that this machine and torch do.
 - ``SD_PLUGIN_CXX``: the compiler, with options if it needs any; otherwise ``CXX``, ``g++``, ``c++`` or ``clang++``.
-- ``SD_PLUGIN_CACHE``: the cache directory, otherwise ``$XDG_CACHE_HOME/sd-plugin`` or ``~/.cache/sd-plugin``.
+- ``SD_PLUGIN_CACHE``: see :mod:`sd_plugin.kernels.cache_folder`.
 - ``SD_PLUGIN_CPU_SANITIZE``: ``address`` or ``undefined``, for tests; ``address`` needs the sanitizer preloaded.
 """
 
@@ -24,12 +25,12 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
+from .. import cache_folder, leftovers
 from . import toolchain
 from .toolchain import BuildError, Target
 
@@ -38,6 +39,8 @@ SOURCES = Path(__file__).parent / "src"
 _SECONDS = 5
 #: Longer than any compilation: a lock held for longer is a stale one, as network file systems have them.
 _LOCK_SECONDS = 180.0
+#: How the folders begin that a library is compiled in.
+_SCRATCH = ".compiling-"
 _FULL = ("No space left on device", "Disk quota exceeded")
 
 
@@ -64,69 +67,35 @@ class Built:
     target: Target | None
 
 
-@cache
-def load() -> ctypes.CDLL:
-    """The library of the CPU kernels, compiled when the cache does not have it.
-
-    Raises:
-        BuildError: it cannot be built or loaded here, or a variable's value is invalid. Not remembered: the next
-            call tries again.
-    """
-    return _built().library
-
-
-def describe() -> dict[str, str]:
-    """The library in words, without absolute paths; builds it when necessary.
-
-    Raises:
-        BuildError: as :func:`load`.
-    """
-    built, openmp = _built(), toolchain.openmp_runtime()
-    return {
-        "isa": built.isa,
-        "compiler": built.target.version if built.target else "unknown (found in the cache)",
-        "library": built.path.name,
-        "openmp": openmp.name if openmp else "the compiler's",
-        "sanitize": built.sanitize,
-    }
-
-
-@cache
-def _built() -> Built:
-    return build()
-
-
-def build(folder: Path = SOURCES) -> Built:
+def build(folder: Path = SOURCES, exports: Collection[str] = ()) -> Built:
     """Finds the library made from the sources in ``folder`` in the cache, or compiles it; then loads it.
+
+    Args:
+        exports: names of functions that it must have.
 
     Raises:
         BuildError: no compiler, or none that compiles them; no directory to put the library; a library that does
             not load; a variable's value is invalid.
     """
     files = sources(folder)
-    places = _places()
     problems: list[str] = []
     targets = []
     # All that is in the cache before anything is compiled: the compiler that is tried first may not work here.
     for target in toolchain.targets(problems):
-        for place in places:
-            path = place.path / _name(target, files)
-            if place.trusted:
-                with suppress(OSError):
-                    return Built(_open(path), path, target.isa, target.sanitize, target)
+        found = _cached(_name(target, files), exports)
+        if found is not None:
+            return Built(*found, target.isa, target.sanitize, target)
         targets.append(target)
     if not targets and not os.environ.get("SD_PLUGIN_CXX"):
         # A compute node without a compiler shares the home directory of one that has it.
         isa, sanitize = toolchain.wanted_isa(), toolchain.wanted_sanitizer()
-        for place in places:
-            pattern = f"{_stem(isa, sanitize, toolchain.tuned_cpu(), files)}-*.so"
-            for path in sorted(place.path.glob(pattern)) if place.trusted else ():
-                with suppress(OSError):
-                    return Built(_open(path), path, isa, sanitize, None)
+        found = _cached(f"{_stem(isa, sanitize, toolchain.tuned_cpu(), files)}-*.so", exports)
+        if found is not None:
+            return Built(*found, isa, sanitize, None)
     errors = []
     for target in targets:
         try:
-            return _make(target, files, places)
+            return _make(target, files, exports)
         except BuildError as error:
             errors.append(error)
     raise errors[0] if errors else BuildError(problems[0] if problems else toolchain.NO_COMPILER)
@@ -155,84 +124,58 @@ def _name(target: Target, files: list[Path]) -> str:
 # The cache.
 
 
-@dataclass(frozen=True)
-class _Place:
-    """A directory for libraries."""
-
-    path: Path
-    #: It lies where every user may write, so that somebody else may have made it.
-    exposed: bool
-
-    @property
-    def trusted(self) -> bool:
-        """Whether libraries in it may be loaded: nobody else can have put them there."""
-        if not self.exposed:
-            return True
+def _cached(pattern: str, exports: Collection[str]) -> tuple[ctypes.CDLL, Path] | None:
+    """The first library of that name that can be loaded, and where it is."""
+    for place in cache_folder.candidates():
         try:
-            found = self.path.lstat()
-        except OSError:
-            return False
-        return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-
-    def prepare(self) -> None:
-        """Makes it.
-
-        Raises:
-            OSError: it cannot be made, or is not to be trusted.
-        """
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not self.trusted:
-            raise PermissionError(f"{self.path} is not a private directory of this user")
+            with cache_folder.opened(place) as folder:
+                for path in sorted(place.glob(pattern)):
+                    with suppress(OSError):
+                        return _open(folder, path, exports), path
+        except OSError as error:
+            cache_folder.warn(error)
+    return None
 
 
-def _places() -> list[_Place]:
-    """Where libraries are kept, by preference."""
-    places = []
-    chosen = os.environ.get("SD_PLUGIN_CACHE", "").strip()
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative XDG_CACHE_HOME is invalid by its specification.
-    usual = os.path.join(base if os.path.isabs(base) else os.path.expanduser("~/.cache"), "sd-plugin")
-    path = os.path.expanduser(chosen or usual)
-    # Without a home directory the tilde stays.
-    if not path.startswith("~"):
-        places.append(_Place(Path(os.path.abspath(path)), exposed=False))
-    # There may be no directory for temporary files either.
-    with suppress(OSError):
-        places.append(_Place(Path(tempfile.gettempdir(), f"sd-plugin-{os.geteuid()}"), exposed=True))
-    return places
-
-
-def cache_folder() -> Path:
-    """Where this user's files are kept, by preference; it need not exist yet.
+def _open(folder: int, path: Path, exports: Collection[str]) -> ctypes.CDLL:
+    """Loads the library at ``path`` from the folder with this descriptor.
 
     Raises:
-        OSError: there is no place, not even for temporary files.
+        OSError: it is not there, is not safe or damaged, lacks a function or does not load.
     """
-    places = _places()
-    if not places:
-        raise OSError("no cache directory: set SD_PLUGIN_CACHE")
-    return places[0].path
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    """Loads a library.
-
-    Raises:
-        OSError: it is not there, is damaged or does not load.
-    """
-    # A library that was cut short may kill the process that loads it, so its checksum comes first.
-    content = path.read_bytes()
-    if hashlib.sha256(content[:-32]).digest() != content[-32:]:
-        raise OSError(f"{path.name} is damaged")
-    return ctypes.CDLL(str(path))
+    try:
+        file = cache_folder.open_file(folder, path)
+    except cache_folder.UnsafeError as error:
+        cache_folder.warn(error)
+        raise
+    try:
+        with open(file, "rb", closefd=False) as stream:
+            content = stream.read()
+        # A library that was cut short may kill the process that loads it, so its checksum comes first.
+        if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+            raise OSError(f"{path.name} is damaged")
+        # The very file that was checked, whatever its path leads to by now. Without /proc there is only the path.
+        checked = f"/proc/self/fd/{file}"
+        library = ctypes.CDLL(checked if os.path.exists(checked) else str(path))
+    except OSError:
+        os.close(file)
+        raise
+    # From now on the loader knows it by that name, so its descriptor stays open: no other library may get the number.
+    for name in exports:
+        if not hasattr(library, name):
+            raise OSError(f"{path.name} lacks {name}")
+    return library
 
 
 def _seal(path: Path) -> None:
     """Adds the checksum that :func:`_open` looks at; loaders do not mind what comes after a library's end.
 
+    Nobody else may write it afterwards, whatever the umask.
+
     Raises:
         OSError: it cannot be written.
     """
+    path.chmod(stat.S_IMODE(path.stat().st_mode) & ~(stat.S_IWGRP | stat.S_IWOTH))
     digest = hashlib.sha256(path.read_bytes()).digest()
     with path.open("ab") as file:
         file.write(digest)
@@ -241,9 +184,9 @@ def _seal(path: Path) -> None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds the directory's lock, where it can be had in time: without it the same library is compiled twice."""
-    file = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+def _locked(folder: int) -> Iterator[None]:
+    """Holds the folder's lock, where it can be had in time: without it the same library is compiled twice."""
+    file = os.open(".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=folder)
     try:
         end = time.monotonic() + _LOCK_SECONDS
         while time.monotonic() < end:
@@ -264,25 +207,25 @@ def _locked(directory: Path) -> Iterator[None]:
 # Compiling.
 
 
-def _make(target: Target, files: list[Path], places: list[_Place]) -> Built:
+def _make(target: Target, files: list[Path], exports: Collection[str]) -> Built:
     """Compiles into the first place that takes it, and loads it.
 
     Raises:
         BuildError: it does not compile, or no place takes it.
     """
-    name = _name(target, files)
     problem = "there is no home and no temporary directory"
-    for place in places:
-        path = place.path / name
+    for place in cache_folder.candidates():
+        path = place / _name(target, files)
         try:
-            place.prepare()
-            with _locked(place.path):
+            with cache_folder.opened(place, make=True) as folder, _locked(folder):
                 try:
-                    library = _open(path)  # Another process was faster.
+                    library = _open(folder, path, exports)  # Another process was faster.
                 except OSError:
+                    leftovers.remove(place, f"{_SCRATCH}*")
                     _compile(target, files, path)
-                    library = _open(path)
+                    library = _open(folder, path, exports)
         except OSError as error:
+            cache_folder.warn(error)
             problem = " ".join(str(error).split())
             continue
         return Built(library, path, target.isa, target.sanitize, target)
@@ -302,7 +245,8 @@ def _compile(target: Target, files: list[Path], path: Path) -> None:
     runtime = () if openmp is None else ("-Wl,--as-needed", str(openmp))
     log = path.with_suffix(".log")
     # Network file systems may keep a file that was just moved for a moment longer.
-    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=path.parent, ignore_cleanup_errors=True) as scratch:
+    prefix = f"{_SCRATCH}{leftovers.tag()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent, ignore_cleanup_errors=True) as scratch:
         print(
             f"sd-plugin: compiling the CPU kernels for this machine (once; about {_SECONDS} s)",
             file=sys.stderr,

@@ -1,4 +1,4 @@
-"""The compiled library's C interface: its structures, and Python's tensors as them."""
+"""The compiled library and its C interface: its functions and structures, and Python's tensors as them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .build import load
+from . import toolchain
+from .build import Built, build
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,6 +174,42 @@ SIGNATURES: dict[str, list[Any]] = {
     "sd_decoder_forward": [c_int, POINTER(CDecoder), POINTER(CDecoderOut)],
     "sd_decoder_backward": [c_int, POINTER(CDecoder), POINTER(CDecoderGrad)],
 }
+
+
+#: The others: each takes and returns sizes.
+_SIZES = ("sd_panel", "sd_padded_rows")
+
+
+@cache
+def built() -> Built:
+    """The library of the CPU kernels, compiled when the cache does not have it.
+
+    Raises:
+        BuildError: it cannot be built or loaded here, or a variable's value is invalid. Not remembered: the next
+            call tries again.
+    """
+    return build(exports=[f"{name}_{suffix}" for name in (*SIGNATURES, *_SIZES) for suffix in SUFFIXES.values()])
+
+
+def load() -> ctypes.CDLL:
+    """:func:`built`, by itself; errors as there."""
+    return built().library
+
+
+def describe() -> dict[str, str]:
+    """The library in words, without absolute paths; builds it when necessary.
+
+    Raises:
+        BuildError: as :func:`built`.
+    """
+    found, openmp = built(), toolchain.openmp_runtime()
+    return {
+        "isa": found.isa,
+        "compiler": found.target.version if found.target else "unknown (found in the cache)",
+        "library": found.path.name,
+        "openmp": openmp.name if openmp else "the compiler's",
+        "sanitize": found.sanitize,
+    }
 
 
 @cache

@@ -12,7 +12,7 @@ import platform
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,14 +86,14 @@ class Target:
         return "clang" in self.version.lower()
 
 
-def wanted_isa() -> str:
+def wanted_isa(environ: Mapping[str, str] = os.environ) -> str:
     """The instruction set asked for, or the best one that both this machine and torch do.
 
     Raises:
         BuildError: the one asked for does not exist, or this machine does not do it.
     """
     able = machine_isa()
-    name = os.environ.get("SD_PLUGIN_CPU_ISA", "").strip().lower()
+    name = environ.get("SD_PLUGIN_CPU_ISA", "").strip().lower()
     if not name:
         # A user who lowers torch's, with ATEN_CPU_CAPABILITY, means ours too.
         capability = torch.backends.cpu.get_cpu_capability()
@@ -130,13 +130,13 @@ def _cpuinfo(key: str) -> list[str]:
     return [word for name, _, words in pairs if name.strip() == key for word in words.split()]
 
 
-def wanted_sanitizer() -> str:
+def wanted_sanitizer(environ: Mapping[str, str] = os.environ) -> str:
     """The sanitizer asked for, or an empty string.
 
     Raises:
         BuildError: it does not exist, or is not part of this process.
     """
-    name = os.environ.get("SD_PLUGIN_CPU_SANITIZE", "").strip().lower()
+    name = environ.get("SD_PLUGIN_CPU_SANITIZE", "").strip().lower()
     if name not in SANITIZERS:
         raise BuildError(f"SD_PLUGIN_CPU_SANITIZE={name} is no sanitizer; valid: {', '.join(SANITIZERS[1:])}")
     # Loaded into a process without it, the address sanitizer ends the process.
@@ -145,15 +145,26 @@ def wanted_sanitizer() -> str:
     return name
 
 
-def targets(problems: list[str]) -> Iterator[Target]:
+def check_compiler(environ: Mapping[str, str]) -> None:
+    """Nothing, if ``SD_PLUGIN_CXX`` is unset or a compiler that may work.
+
+    Raises:
+        BuildError: it is not.
+    """
+    problems: list[str] = []
+    if environ.get("SD_PLUGIN_CXX", "").strip() and next(targets(problems, environ), None) is None:
+        raise BuildError(problems[0])
+
+
+def targets(problems: list[str], environ: Mapping[str, str] = os.environ) -> Iterator[Target]:
     """The targets to try in order; why a compiler was left out is added to ``problems``.
 
     Raises:
         BuildError: a variable's value is invalid or impossible here.
     """
-    isa, sanitize, cpu = wanted_isa(), wanted_sanitizer(), tuned_cpu()
+    isa, sanitize, cpu = wanted_isa(environ), wanted_sanitizer(environ), tuned_cpu()
     seen = set()
-    for compiler in _compilers():
+    for compiler in _compilers(environ):
         version = _version(compiler)
         if version is None:
             problems.append(f"{compiler[0]} does not run; install a C++ compiler such as g++")
@@ -172,15 +183,15 @@ def targets(problems: list[str]) -> Iterator[Target]:
             yield Target(isa, sanitize, compiler, version)
 
 
-def _compilers() -> Iterator[tuple[str, ...]]:
+def _compilers(environ: Mapping[str, str]) -> Iterator[tuple[str, ...]]:
     """The commands of compilers by preference.
 
     Raises:
         BuildError: ``SD_PLUGIN_CXX`` names none.
     """
-    chosen = os.environ.get("SD_PLUGIN_CXX", "").strip()
+    chosen = environ.get("SD_PLUGIN_CXX", "").strip()
     # CXX is often set for other purposes, so it comes first but is not the only one; SD_PLUGIN_CXX is.
-    for name in [chosen] if chosen else [os.environ.get("CXX", ""), "g++", "c++", "clang++"]:
+    for name in [chosen] if chosen else [environ.get("CXX", ""), "g++", "c++", "clang++"]:
         try:
             words = shlex.split(name)
         except ValueError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 PRODUCTS = "SD_PLUGIN_CUDA_PRODUCTS"
 #: ``persistent``, ``steps`` or ``auto``: a layer in one launch, or in launches at every time step.
 RECURRENCE = "SD_PLUGIN_CUDA_RECURRENCE"
+_VALID = {PRODUCTS: ("skip", "dense"), RECURRENCE: ("persistent", "steps")}
 
 Phase = Literal["fp", "bp", "wg"]
 
@@ -52,7 +54,7 @@ def skips(phase: Phase, precision: Precision, kept: Kept) -> bool:
     Raises:
         BackendError: ``SD_PLUGIN_CUDA_PRODUCTS`` has no valid value.
     """
-    asked = _asked(PRODUCTS, "skip", "dense")
+    asked = read(PRODUCTS)
     if asked is not None:
         return asked == "skip"
     return kept.width <= table().largest_kept_fraction[phase, precision] * kept.size
@@ -67,17 +69,21 @@ def recurrence(tile: Tile | None) -> Tile | None:
     Raises:
         BackendError: ``SD_PLUGIN_CUDA_RECURRENCE`` has no valid value, or asks for kernels that do not fit.
     """
-    asked = _asked(RECURRENCE, "persistent", "steps")
+    asked = read(RECURRENCE)
     if asked == "persistent" and tile is None:
         raise BackendError(f"{RECURRENCE}=persistent: the layer does not fit this GPU")
     return None if asked == "steps" else tile
 
 
-def _asked(variable: str, *valid: str) -> str | None:
-    """The value of an environment variable, None when it is unset, empty or ``auto``."""
-    value = os.environ.get(variable, "").strip().lower()
+def read(variable: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """The value of one of the two environment variables, None when it is unset, empty or ``auto``.
+
+    Raises:
+        BackendError: it is not a valid one.
+    """
+    value = environ.get(variable, "").strip().lower()
     if value in ("", "auto"):
         return None
-    if value not in valid:
-        raise BackendError(f"{variable}={value} is not valid; valid: auto, {', '.join(valid)}")
+    if value not in _VALID[variable]:
+        raise BackendError(f"{variable}={value} is not valid; valid: auto, {', '.join(_VALID[variable])}")
     return value

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from sd_plugin.kernels.cpu import build, toolchain
+from sd_plugin.kernels import cache_folder
+from sd_plugin.kernels.cpu import toolchain
 
 if TYPE_CHECKING:
     from sd_plugin.kernels.cuda.driver import Argument, Properties
@@ -396,7 +397,7 @@ class EmulatedDriver:
             text = self.transform(text)
         key = (unit.source, unit.defines, self.races, text)
         if key not in self._libraries:
-            folder = self.cache or build.cache_folder() / "emulated"
+            folder = self.cache or cache_folder.made("emulated")
             path = compile_kernels(text, unit.source, unit.defines, self.races, folder)
             self._libraries[key] = _Library(ctypes.CDLL(str(path)), path, text)
         return self._libraries[key]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import multiprocessing
 import os
 import platform
@@ -14,14 +15,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from sd_plugin.kernels.cpu import build, toolchain
+from sd_plugin.kernels.cpu import build, library, toolchain
 from sd_plugin.kernels.cpu.toolchain import BuildError, Target
 
 STAND_IN = """
@@ -57,14 +59,17 @@ WriteCompiler = Callable[..., Compiler]
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A cache and a directory for temporary files of each test's own; nothing asked for."""
+    before = os.umask(0o022)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("SD_PLUGIN_CACHE", str(tmp_path / "cache"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    yield
+    os.umask(before)
 
 
 @pytest.fixture
@@ -167,7 +172,7 @@ def test_whatever_changes_the_library_changes_its_name(
     monkeypatch.setenv("SD_PLUGIN_CXX", str(write_compiler(folder="elsewhere", version=version).path))
     names.append(name())
     for isa in toolchain.ISAS:
-        monkeypatch.setattr(toolchain, "wanted_isa", lambda isa=isa: isa)
+        monkeypatch.setattr(toolchain, "wanted_isa", lambda *_, isa=isa: isa)
         names.append(name())
     expected = len(names) - 1  # One of the instruction sets is what all others were for.
     assert len(set(names)) == expected, names
@@ -278,6 +283,70 @@ def test_a_cache_that_takes_nothing_is_replaced_by_a_private_temporary_directory
         assert everything_in(tmp_path / "cache") == {".lock"}
 
 
+PLANTED = """
+#include <fstream>
+struct Planted { Planted() { std::ofstream("MARK") << "run"; } } planted;
+extern "C" __attribute__((visibility("default"))) int sd_answer() { return 13; }
+"""
+STRANGER = 12345
+
+
+def plant(library: Path, tmp_path: Path) -> Path:
+    """Put another library in the place of ``library``, with a checksum of its own; what it writes when it is loaded."""
+    mark, source, made = tmp_path / "mark", tmp_path / "planted.cpp", tmp_path / "planted.so"
+    source.write_text(PLANTED.replace("MARK", str(mark)))
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", made, source], check=True)
+    content = made.read_bytes()
+    library.unlink()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+    return mark
+
+
+def only_the_administrator_gives_files_away() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files to another user")
+
+
+@pytest.mark.parametrize(
+    ("what", "mode", "owner"),
+    [("cache", 0o777, None), ("cache", 0o700, STRANGER), ("library", 0o666, None), ("library", 0o644, STRANGER)],
+)
+@pytest.mark.parametrize("variable", ["SD_PLUGIN_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_a_library_that_others_may_have_written_is_not_loaded(
+    stand_in: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    what: str,
+    mode: int,
+    owner: int | None,
+    variable: str,
+) -> None:
+    folders = {"SD_PLUGIN_CACHE": "", "XDG_CACHE_HOME": "sd-plugin", "HOME": ".cache/sd-plugin"}
+    monkeypatch.delenv("SD_PLUGIN_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "chosen"))
+    library = build.build(stand_in).path
+    assert library.parent == tmp_path / "chosen" / folders[variable]
+    mark = plant(library, tmp_path)
+    changed = library.parent if what == "cache" else library
+    changed.chmod(mode)
+    if owner is not None:
+        only_the_administrator_gives_files_away()
+        os.chown(changed, owner, owner)
+    capfd.readouterr()
+    for _ in range(2):
+        assert build.build(stand_in).library.sd_answer() == 42
+    assert not mark.exists()
+    told = [line for line in capfd.readouterr().err.splitlines() if "the cache is not used as it is" in line]
+    assert len(told) == 1
+    assert str(changed) in told[0]
+    assert ("chmod go-w" in told[0]) == (owner is None)
+    assert "SD_PLUGIN_CACHE" in told[0]
+    temporary = tmp_path / "temporary" / f"sd-plugin-{os.geteuid()}"
+    assert build.build(stand_in).path.parent == (temporary if what == "cache" else library.parent)
+
+
 @pytest.mark.parametrize("how", ["writable by others", "a link", "somebody else's"])
 def test_a_temporary_directory_of_others_is_not_trusted(
     stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
@@ -292,39 +361,74 @@ def test_a_temporary_directory_of_others_is_not_trusted(
         folder.rename(tmp_path / "theirs")
         folder.symlink_to(tmp_path / "theirs")
     else:
-        other = os.geteuid() + 1
-        folder.rename(folder.with_name(f"sd-plugin-{other}"))
-        monkeypatch.setattr(os, "geteuid", lambda: other)
-    assert built.path.name in {path.name for path in (tmp_path / "temporary").glob("*/*.so")}
-    with pytest.raises(BuildError, match=r"not a private directory of this user.*set SD_PLUGIN_CACHE"):
+        only_the_administrator_gives_files_away()
+        os.chown(folder, STRANGER, STRANGER)
+    with pytest.raises(BuildError, match=rf"{re.escape(str(folder))}.*set SD_PLUGIN_CACHE"):
         build.build(stand_in)
 
 
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({"SD_PLUGIN_CACHE": "/chosen", "XDG_CACHE_HOME": "/xdg", "HOME": "/home"}, "/chosen"),
-        ({"SD_PLUGIN_CACHE": "~/chosen", "HOME": "/home"}, "/home/chosen"),
-        ({"XDG_CACHE_HOME": "/xdg", "HOME": "/home"}, "/xdg/sd-plugin"),
-        ({"XDG_CACHE_HOME": "relative", "HOME": "/home"}, "/home/.cache/sd-plugin"),
-        ({"HOME": "/home"}, "/home/.cache/sd-plugin"),
-    ],
-)
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: str) -> None:
-    for name in ("SD_PLUGIN_CACHE", "XDG_CACHE_HOME", "HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environ.items():
-        monkeypatch.setenv(name, value)
-    first, *_ = build._places()
-    assert str(first.path) == expected
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
+def test_what_is_compiled_is_safe_whatever_the_umask(stand_in: Path, compiler: Compiler, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        path = build.build(stand_in).path
+    finally:
+        os.umask(before)
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert not path.stat().st_mode & 0o022
+    assert build.build(stand_in).path == path
+    assert compiler.calls == 1
 
 
-def test_a_user_without_a_home_has_the_temporary_directory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SD_PLUGIN_CACHE")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    (place,) = build._places()
-    assert place.exposed
+def test_a_library_that_lacks_a_function_is_built_again(
+    stand_in: Path, compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this very process, where the former one would be found under its name."""
+    source = stand_in / "stand_in.cpp"
+    monkeypatch.setattr(build, "_name", lambda target, files: "sd_cpu-the-same.so")
+    source.write_text(STAND_IN.replace("EXPORT int sd_isa", "static int sd_isa"))
+    assert build.build(stand_in).library.sd_answer() == 42
+    source.write_text(STAND_IN)
+    for _ in range(2):
+        complete = build.build(stand_in, exports=["sd_answer", "sd_isa"])
+        assert complete.library.sd_isa() > 0
+        assert complete.path.parent == tmp_path / "cache"
+        assert compiler.calls == 2
+    with pytest.raises(BuildError, match="lacks sd_missing"):
+        build.build(stand_in, exports=["sd_missing"])
+
+
+def test_the_functions_of_the_kernels_are_demanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    demanded: list[str] = []
+    monkeypatch.setattr(library, "build", lambda exports: demanded.extend(exports))
+    library.built.__wrapped__()
+    assert {"sd_pack_f32", "sd_lstm_backward_f64", "sd_panel_f32", "sd_padded_rows_f64"} <= set(demanded)
+
+
+def test_what_killed_compilations_left_is_removed(
+    stand_in: Path, tmp_path: Path, write_compiler: WriteCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = tmp_path / "started"
+    monkeypatch.setenv("SD_PLUGIN_CXX", str(write_compiler("slow", before=f'touch "{started}"; exec sleep 20').path))
+    killed = multiprocessing.get_context("fork").Process(target=build.build, args=(stand_in,))
+    killed.start()
+    while not started.exists():
+        assert killed.is_alive()
+        time.sleep(0.01)
+    killed.kill()
+    killed.join()
+    cache = tmp_path / "cache"
+    (left,) = cache.glob(".compiling-*")
+    old, others = cache / ".compiling-abcdefgh", cache / ".compiling-ijklmnop"
+    old.mkdir()
+    others.mkdir()
+    os.utime(old, (0, 0))
+    (others / "mine").touch()
+    monkeypatch.setenv("SD_PLUGIN_CXX", str(write_compiler().path))
+    build.build(stand_in)
+    assert not left.exists()
+    assert not old.exists(), "of an earlier version, which nobody works on any more"
+    assert others.exists(), "of an earlier version, which somebody may work on"
 
 
 def test_sources_that_do_not_compile(stand_in: Path, compiler: Compiler, tmp_path: Path) -> None:
@@ -521,7 +625,7 @@ torch.set_num_threads(2)
 x = torch.ones(2000, 2000)
 x + x
 before, running = runtimes(), threads()
-from sd_plugin.kernels.cpu import build, toolchain
+from sd_plugin.kernels.cpu import build, library, toolchain
 {prelude}
 library = build.build(Path({folder!r})).library
 assert library.sd_threads(2) == 2
@@ -559,8 +663,8 @@ toolchain.openmp_runtime = lambda: Path({str(renamed)!r})
 
 def test_describe_names_no_path_of_this_machine(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build.build(stand_in)
-    monkeypatch.setattr(build, "_built", lambda: built)
-    described = build.describe()
+    monkeypatch.setattr(library, "built", lambda: built)
+    described = library.describe()
     assert described.keys() == {"isa", "compiler", "library", "openmp", "sanitize"}
     assert described["isa"] == Target.detect().isa
     assert described["compiler"] == Target.detect().version

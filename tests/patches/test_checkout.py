@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from sd_plugin.errors import UsageError
+from sd_plugin.kernels import leftovers
 from sd_plugin.patches._checkout import Checkout, commit_of
 from sd_plugin.patches._fingerprint import Function
 
@@ -41,14 +44,16 @@ def write(folder: Path, **changes: str | None) -> Path:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache folder; the working directory is an empty one too."""
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache folder that is not there yet; the working directory is an empty one."""
+    before = os.umask(0o022)
     folder = tmp_path / "cache"
     monkeypatch.setenv("SD_PLUGIN_CACHE", str(folder))
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
-    return folder
+    yield folder
+    os.umask(before)
 
 
 @pytest.fixture
@@ -120,8 +125,7 @@ def test_the_variable_comes_before_the_working_directory_before_the_cache(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     named = write(tmp_path / "named")
-    kept = write(HOST.cached())
-    assert cache in kept.parents
+    kept = write(cache / "hosts" / "some-host")
     assert HOST.candidates({}) == [kept]
     assert HOST.locate(None, {}) == kept.resolve()
     here = write(Path.cwd())
@@ -138,7 +142,7 @@ def test_the_variable_comes_before_the_working_directory_before_the_cache(
 
 def test_found_are_all_of_them_with_what_is_wrong(cache: Path, tmp_path: Path) -> None:
     write(Path.cwd(), layer="")
-    named, kept = write(tmp_path / "named"), HOST.cached()
+    named, kept = write(tmp_path / "named"), cache / "hosts" / "some-host"
     kept.mkdir(parents=True)
     found = HOST.find({"SOME_HOST_DIR": str(named)})
     assert [finding.where for finding in found] == [str(named), str(Path.cwd()), str(kept)]
@@ -170,7 +174,7 @@ def test_something_elses_file_of_the_hosts_name_in_the_working_directory_is_an_e
 def test_the_pinned_commit_is_cloned_once(cache: Path, repository: Callable[..., Checkout]) -> None:
     host = repository()
     folder = host.locate(None, {})
-    assert folder == host.cached().resolve()
+    assert folder == (cache / "hosts" / "some-host").resolve()
     assert (folder / "layer.py").read_text() == FILES["layer.py"], "not the last commit's"
     assert commit_of(folder) == host.commit[:10]
     assert [finding.version for finding in host.find({})] == [host.commit[:10]]
@@ -187,21 +191,21 @@ def test_a_clone_that_fails_says_what_to_do_and_leaves_nothing(cache: Path, tmp_
     assert "\n" not in told
     for part in ("no checkout of some-host was found", host.origin, "0000000000", "SOME_HOST_DIR"):
         assert part in told
-    assert list(host.cached().parent.iterdir()) == []
+    assert list((cache / "hosts").iterdir()) == []
 
 
 def test_a_commit_that_is_not_there_leaves_nothing(cache: Path, repository: Callable[..., Checkout]) -> None:
     host = replace(repository(), commit="1" * 40)
     with pytest.raises(UsageError, match=r"cloning .* failed \(.*1111111111"):
         host.locate(None, {})
-    assert list(host.cached().parent.iterdir()) == []
+    assert list((cache / "hosts").iterdir()) == []
 
 
 def test_a_clone_that_is_not_the_host_leaves_nothing(cache: Path, repository: Callable[..., Checkout]) -> None:
     host = repository(layer="value = 1")
     with pytest.raises(UsageError, match=rf"at {host.commit[:10]}: .*it has no Layer\.forward"):
         host.locate(None, {})
-    assert list(host.cached().parent.iterdir()) == []
+    assert list((cache / "hosts").iterdir()) == []
 
 
 def test_without_git(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,10 +223,105 @@ def test_two_that_clone_at_once_share_one_clone(cache: Path, repository: Callabl
     assert sorted(path.name for path in folder.iterdir()) == [".git", "layer.py", "sub", "train.py"]
 
 
-def test_a_cache_that_cannot_be_written_says_what_to_do(cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_says_what_to_do(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache.write_text("no folder")
-    with pytest.raises(UsageError, match="SOME_HOST_DIR"):
+    monkeypatch.setattr(tempfile, "tempdir", str(cache))
+    with pytest.raises(UsageError, match=r"there is no cache folder.*SOME_HOST_DIR"):
         HOST.locate(None, {})
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the cache is when the chosen one cannot be used."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder / f"sd-plugin-{os.geteuid()}"
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o077])
+def test_a_clone_and_all_above_it_is_private(
+    cache: Path, repository: Callable[..., Checkout], monkeypatch: pytest.MonkeyPatch, umask: int
+) -> None:
+    monkeypatch.setenv("SD_PLUGIN_CACHE", str(cache / "deeper"))
+    host = repository()
+    before = os.umask(umask)
+    try:
+        folder = host.locate(None, {})
+    finally:
+        os.umask(before)
+    # git takes the objects of a repository on the same machine as they are, by links.
+    within = [path for path in folder.rglob("*") if path.is_dir() or "objects" not in path.parts]
+    for path in (cache, cache / "deeper", cache / "deeper" / "hosts", folder, *within):
+        assert not path.stat().st_mode & 0o077, path
+    assert host.locate(None, {}) == folder
+
+
+@pytest.mark.parametrize(
+    ("place", "how"),
+    [
+        *itertools.product(["", "hosts", "hosts/some-host"], ["writable", "another's", "a link"]),
+        ("hosts/some-host/layer.py", "writable"),
+        ("hosts/some-host/layer.py", "another's"),
+    ],
+)
+def test_a_checkout_in_the_cache_that_others_may_have_planted_is_not_used(
+    cache: Path, temporary: Path, capfd: pytest.CaptureFixture[str], place: str, how: str
+) -> None:
+    kept = write(cache / "hosts" / "some-host")
+    assert HOST.find({})
+    changed = cache / place
+    if how == "writable":
+        changed.chmod(0o777)
+    elif how == "another's":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give files to another user")
+        os.chown(changed, 12345, 12345)
+    else:
+        changed.rename(cache.parent / "elsewhere")
+        changed.symlink_to(cache.parent / "elsewhere")
+    capfd.readouterr()
+    assert HOST.candidates({}) == HOST.candidates({}) == []
+    assert HOST.find({}) == []
+    (line,) = capfd.readouterr().err.splitlines()
+    assert str(changed) in line
+    with pytest.raises(UsageError) as caught:
+        HOST.locate(None, {})
+    if place.startswith("hosts/"):
+        assert f"{kept} is in the way" in str(caught.value)
+    else:
+        assert "cloning nowhere failed" in str(caught.value), "for the temporary folder"
+        assert (temporary / "hosts").is_dir()
+    assert HOST.locate(None, {"SOME_HOST_DIR": str(write(cache.parent / "named"))}).name == "named"
+
+
+def test_a_checkout_planted_among_the_temporary_files_is_not_used(cache: Path, temporary: Path) -> None:
+    kept = write(temporary / "hosts" / "some-host")
+    assert HOST.candidates({}) == [kept]
+    (temporary / "hosts").chmod(0o777)
+    assert HOST.candidates({}) == []
+
+
+def test_what_a_killed_clone_left_is_removed(cache: Path, repository: Callable[..., Checkout]) -> None:
+    """The process that cloned is gone; the next one may be anybody's."""
+    host = repository()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    folder = cache / "hosts"
+    folder.mkdir(parents=True)
+    mine = leftovers.tag()
+    theirs = mine.replace(str(os.getpid()), str(ended.pid))
+    elsewhere = f"00000000-{ended.pid}"
+    for tag in (theirs, elsewhere, mine):
+        write(folder / f".cloning-{tag}-abcdefgh" / "some-host")
+    host.locate(None, {})
+    assert {path.name for path in folder.iterdir()} == {
+        "some-host",
+        f".cloning-{elsewhere}-abcdefgh",
+        f".cloning-{mine}-abcdefgh",
+    }
 
 
 def test_the_commit_of_a_folder_inside_another_repository_is_not_its_own(

@@ -167,3 +167,10 @@ def test_the_source_of_a_module(tmp_path: Path) -> None:
 def test_modules_without_a_source() -> None:
     assert source_of(sys) is None
     assert source_of(ModuleType("made_up")) is None
+
+
+@pytest.mark.parametrize("source", ["-" * 100_000 + "1", "x" + "[0]" * 20_000, "1" + "+1" * 100_000])
+def test_source_that_no_parser_can_hold_is_not_the_hosts(source: str) -> None:
+    told = difference(source, FINGERPRINT)
+    assert told is not None
+    assert told.startswith("it is not Python (") or told == "it has no Layer.__init__"

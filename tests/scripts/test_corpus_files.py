@@ -262,6 +262,68 @@ class TestPublish:
         corpus_files.recover(tmp_path / "c")
         assert [path.name for path in tmp_path.iterdir()] == ["c"]
 
+    @pytest.mark.parametrize("place", ["c", ".c.replaced"])
+    @pytest.mark.parametrize("what", ["link", "link to nowhere", "link to a file", "file", "folder"])
+    def test_whatever_is_there_is_replaced(self, stage: Path, tmp_path: Path, place: str, what: str) -> None:
+        target = tmp_path / "target"
+        if what == "folder":
+            (tmp_path / place / "below").mkdir(parents=True)
+        elif what == "file":
+            (tmp_path / place).touch()
+        else:
+            if what == "link":
+                target.mkdir()
+                (target / "mine").touch()
+            elif what == "link to a file":
+                target.touch()
+            (tmp_path / place).symlink_to(target)
+        for _ in range(2):
+            corpus_files.recover(tmp_path / "c")
+            if stage.exists():
+                corpus_files.publish(stage, tmp_path / "c")
+        left = {path.name for path in tmp_path.iterdir()}
+        assert left == ({"c", "target"} if what in ("link", "link to a file") else {"c"})
+        assert not (tmp_path / "c").is_symlink()
+        corpus_files.verify_prepared(tmp_path / "c", {"name": "c"})
+        assert (target / "mine").exists() == (what == "link"), "what a link leads to is the user's"
+
+    def test_killed_between_the_renames_of_a_link(self, tmp_path: Path) -> None:
+        (tmp_path / "target").mkdir()
+        (tmp_path / ".c.replaced").symlink_to("target")
+        corpus_files.recover(tmp_path / "c")
+        assert os.readlink(tmp_path / "c") == "target"
+        assert sorted(os.listdir(tmp_path)) == ["c", "target"]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            '{"recipe": {}, "files": {"text": {}}}',
+            '{"recipe": {}, "files": {"text": null}}',
+            '{"recipe": {}, "files": {"text": []}}',
+            '{"recipe": {}, "files": {"text": {"size": Infinity, "sha256": ""}}}',
+            '{"recipe": {}, "files": {"text": {"size": "four", "sha256": ""}}}',
+            '{"recipe": {}, "files": {"": {"size": 4, "sha256": ""}}}',
+            '{"recipe": {}, "files": {"../c/text": {"size": 4, "sha256": ""}}}',
+            '{"recipe": {}, "files": {"\\u0000": {"size": 4, "sha256": ""}}}',
+            '{"recipe": {}, "files": []}',
+            '{"recipe": [], "files": {}}',
+            '{"recipe": {}}',
+            "{}",
+            "[]",
+            "",
+            "[" * 100_000,
+            None,
+        ],
+    )
+    def test_a_manifest_that_is_none_is_damaged(self, tmp_path: Path, text: str | None) -> None:
+        (tmp_path / "text").write_text("new\n")
+        if text is None:
+            (tmp_path / "manifest.json").mkdir()
+        else:
+            (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match=r"manifest\.json is damaged; --force replaces it"):
+            corpus_files.verify_prepared(tmp_path, {})
+
     def test_every_difference_is_noticed(self, stage: Path, tmp_path: Path) -> None:
         final = tmp_path / "c"
         corpus_files.publish(stage, final)

@@ -316,6 +316,54 @@ class TestDemo:
         assert process.returncode == 0
 
 
+class TestLinks:
+    """Where what the script works on is a link: the link is replaced, and what it leads to is let alone."""
+
+    @pytest.fixture(autouse=True)
+    def _num2words(self) -> None:
+        pytest.importorskip("num2words")
+
+    @pytest.mark.parametrize("place", ["demo", ".demo.staging", ".demo.replaced"])
+    @pytest.mark.parametrize("dangling", [False, True])
+    def test_a_link_is_replaced(self, get_data, tmp_path: Path, place: str, dangling: bool) -> None:
+        target = tmp_path / "target"
+        if not dangling:
+            target.mkdir()
+            (target / "mine.txt").write_text("do not touch\n")
+        get_data.out.mkdir()
+        (get_data.out / place).symlink_to(target)
+        if place != ".demo.staging":
+            assert "--force replaces it" in get_data.fails(*SMALL)
+        done = get_data(*SMALL, "--force")
+        assert done.returncode == 0, done.stderr
+        assert get_data.left() == ["demo"]
+        assert not (get_data.out / "demo").is_symlink()
+        assert "nothing to do" in get_data(*SMALL).stderr
+        assert [path.name for path in target.glob("*")] == ([] if dangling else ["mine.txt"])
+
+    def test_a_prepared_folder_that_was_moved_away_is_complete(self, get_data, tmp_path: Path) -> None:
+        assert get_data(*SMALL).returncode == 0
+        (get_data.out / "demo").rename(tmp_path / "larger disk")
+        (get_data.out / "demo").symlink_to(tmp_path / "larger disk")
+        assert "nothing to do" in get_data(*SMALL).stderr
+        assert (get_data.out / "demo").is_symlink()
+
+    @pytest.mark.parametrize("dangling", [False, True])
+    def test_a_download_may_be_elsewhere(self, get_data, server, tmp_path: Path, dangling: bool) -> None:
+        get_data.out.mkdir()
+        if not dangling:
+            (tmp_path / "target").mkdir()
+        (get_data.out / ".ptb.download").symlink_to(tmp_path / "target")
+        assert "404" in get_data.fails("ptb", "--mirror", server.url)
+        assert get_data.left() == []
+
+    def test_a_file_in_the_place_of_a_working_folder(self, get_data) -> None:
+        get_data.out.mkdir()
+        (get_data.out / ".demo.staging").touch()
+        assert get_data(*SMALL).returncode == 0
+        assert get_data.left() == ["demo"]
+
+
 class TestSentencepiece:
     """--sentencepiece on a corpus that is there, intact or not, and on one that is not."""
 

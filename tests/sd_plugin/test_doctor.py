@@ -29,8 +29,9 @@ def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
 
 def found(**environ: str) -> dict:
     done = run("--json", **environ)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    report = json.loads(done.stdout)
+    assert done.returncode == any(variable["problem"] for variable in report["environment"]), done.stderr
+    return report
 
 
 def host(report: dict, name: str) -> dict:
@@ -50,7 +51,7 @@ def test_every_host_backend_and_variable_is_listed():
 
 def test_the_text_names_the_same():
     done = run(SD_PLUGIN_BACKEND="reference")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stderr == ""
     for entry in patches.registry().values():
         assert entry.title in done.stdout
         assert entry.supported in done.stdout
@@ -94,6 +95,83 @@ def test_settings_that_are_not_understood_are_told():
     assert set(problems) == {"SD_PLUGIN", "SD_PLUGIN_TARGETS", "SD_PLUGIN_RECURRENT_DROPOUT"}
     assert "'maybe'" in problems["SD_PLUGIN"]
     assert "keras" in problems["SD_PLUGIN_TARGETS"]
+
+
+def problems(**environ: str) -> dict[str, str]:
+    return {entry["name"]: entry["problem"] for entry in doctor.examine(environ)["environment"] if entry["problem"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("SD_PLUGIN", "maybe", "valid: 0"),
+        ("SD_PLUGIN_TARGETS", "keras", "valid: awd_lstm"),
+        ("SD_PLUGIN_CASE", "V", "valid: I, II"),
+        ("SD_PLUGIN_RECURRENT_DROPOUT", "nan", "a number in [0, 1)"),
+        ("SD_PLUGIN_BACKEND", "gpu", "valid: auto, cuda, cpu, reference"),
+        ("SD_PLUGIN_CUDA_RECURRENCE", "step", "valid: auto, persistent, steps"),
+        ("SD_PLUGIN_CUDA_PRODUCTS", "sparse", "valid: auto, skip, dense"),
+        ("SD_PLUGIN_CXX", "no-such-compiler", "no such program"),
+        ("SD_PLUGIN_CXX", "false", "does not run"),
+        ("SD_PLUGIN_CPU_ISA", "sse9", "valid: avx512, avx2, portable"),
+        ("SD_PLUGIN_CPU_SANITIZE", "thread", "valid: address"),
+        ("SD_PLUGIN_REPORT", "no", "valid: 0"),
+        ("SD_PLUGIN_CACHE", "/dev/null/cache", "Not a directory"),
+        ("AWD_LSTM_DIR", "/nowhere", "/nowhere is not a folder"),
+        ("TARGER_DIR", "/", "is not a checkout of targer"),
+        ("SD_PLUGIN_BACKENDS", "cpu", "did you mean SD_PLUGIN_BACKEND?"),
+        ("SD_PLUGIN_RECURENCE", "", "there is no such variable"),
+    ],
+)
+def test_a_value_that_is_not_understood_is_a_problem_of_its_variable(name, value, told):
+    (problem,) = (problems(**{name: value}).items()) - problems().items()
+    assert problem[0] == name
+    assert told in problem[1]
+    assert "\n" not in problem[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("SD_PLUGIN_BACKEND", ["", "auto", "Reference"]),
+        ("SD_PLUGIN_CUDA_RECURRENCE", ["", "auto", "persistent", " STEPS "]),
+        ("SD_PLUGIN_CUDA_PRODUCTS", ["", "auto", "skip", "dense"]),
+        ("SD_PLUGIN_CXX", [""]),
+        ("SD_PLUGIN_CPU_ISA", ["", "portable"]),
+        ("SD_PLUGIN_CPU_SANITIZE", ["", "undefined"]),
+        ("SD_PLUGIN_REPORT", ["", "0", "1", "on"]),
+        ("SD_PLUGIN_TEST_DATA", ["anything"]),
+        ("AWD_LSTM_DIR", [""]),
+    ],
+)
+def test_values_that_are_understood_are_none(name, values):
+    for value in values:
+        assert problems(**{name: value}) == problems()
+
+
+def test_a_backend_that_cannot_run_here_is_a_problem(monkeypatch):
+    monkeypatch.setattr(
+        kernels, "status", lambda: {"cuda": "torch finds no CUDA device", "cpu": None, "reference": None}
+    )
+    assert "torch finds no CUDA device" in problems(SD_PLUGIN_BACKEND="cuda")["SD_PLUGIN_BACKEND"]
+    assert "SD_PLUGIN_BACKEND" not in problems(SD_PLUGIN_BACKEND="cpu")
+
+
+def test_a_cache_that_others_can_write_is_a_problem(tmp_path):
+    tmp_path.chmod(0o777)
+    problem = problems(SD_PLUGIN_CACHE=str(tmp_path))["SD_PLUGIN_CACHE"]
+    assert f"chmod go-w {tmp_path}" in problem
+    assert problems(SD_PLUGIN_CACHE=str(tmp_path / "cache"))["SD_PLUGIN_CACHE"] == problem
+    # Whether it was named or is where it always is.
+    assert problems(XDG_CACHE_HOME=str(tmp_path))["SD_PLUGIN_CACHE"] == problem
+
+
+def test_a_problem_is_shown_and_makes_the_exit_status():
+    done = run(SD_PLUGIN_CUDA_PRODUCTS="sparse", SD_PLUGIN_BACKEN="cpu", SD_PLUGIN_BACKEND="reference")
+    assert done.returncode == 1
+    assert done.stderr == ""
+    assert "problem: SD_PLUGIN_CUDA_PRODUCTS=sparse is not valid; valid: auto, skip, dense\n" in done.stdout
+    assert "SD_PLUGIN_BACKEN = cpu\n" in done.stdout
 
 
 def test_without_start_up_files_nothing_counts_as_patched():

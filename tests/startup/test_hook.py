@@ -72,6 +72,8 @@ def test_switched_off_the_patch_is_never_loaded(hosted):
             "UsageError: bad option",
         ),
         ("raise SystemExit(3)", "SystemExit: 3"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt: ("),
+        ("class Own(BaseException): ...\ndef on_import(module): raise Own('x')", "Own: x"),
         (
             "class Mute(Exception):\n    def __str__(self): return 1 / 0\nraise Mute",
             "Mute (",
@@ -87,6 +89,40 @@ def test_a_failing_patch_is_one_line_and_the_host_imports(hosted, patch, reason)
     assert done.stdout == "1\n"
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"sd-plugin: onmt not patched: {reason}")
+
+
+@pytest.mark.parametrize("raised", ["KeyboardInterrupt", "Own"])
+def test_what_strikes_while_a_patch_is_told_is_the_programs(hosted, raised):
+    """Ctrl-C, or the time limit of a test: handlers raise it wherever the program is."""
+    hosted.write("sd_plugin/patches/opennmt.py", "import os\ndef on_import(module): os.kill(os.getpid(), 10)\n")
+    done = hosted.script(f"""
+        import signal
+
+        class Own(BaseException): ...
+
+        def handle(number, frame):
+            raise {raised}
+
+        signal.signal(10, handle)
+        try:
+            import onmt
+        except {raised}:
+            print("caught")
+    """)
+    assert (done.stdout, done.stderr) == ("caught\n", "")
+
+
+def test_the_default_interrupt_passes_too(hosted):
+    hosted.write("sd_plugin/patches/opennmt.py", "import os\ndef on_import(module): os.kill(os.getpid(), 2)\n")
+    done = hosted.script("""
+        import signal
+        signal.signal(2, signal.default_int_handler)
+        try:
+            import onmt
+        except KeyboardInterrupt:
+            print("caught")
+    """)
+    assert (done.stdout, done.stderr) == ("caught\n", "")
 
 
 def test_the_line_about_a_failing_patch_names_the_place(hosted):
