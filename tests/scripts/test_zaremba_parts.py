@@ -84,28 +84,59 @@ def test_schedules_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("mode=nr_sd", "unknown mode 'nr_sd'; choose one of random, nr_st, nr_rh_st"),
+        ("mode=nr_sd", "mode must be one of random, nr_st, nr_rh_st, got 'nr_sd'"),
         ("hidden=3", f"{MEDIUM}: unknown key hidden; valid: data, mode, hidden_size,"),
-        ("hidden_size=0", "hidden_size must be positive and finite, got 0"),
-        ("hidden_size=2.5", "hidden_size must be a whole number, got 2.5"),
-        ("hidden_size=true", "hidden_size must be a whole number, got True"),
-        ("dropout=1", "dropout must be in [0, 1), got 1.0"),
-        ("dropout=.nan", "dropout must be in [0, 1), got nan"),
-        ("learning_rate=.inf", "learning_rate must be positive and finite, got inf"),
-        ("learning_rate=fast", "learning_rate must be a number, got 'fast'"),
-        ("seed=-1", "seed must be from 0 to 2**63 - 1, got -1"),
+        ("hidden_size=0", "hidden_size must be a whole number from 1 to 2**63 - 1, got 0"),
+        ("hidden_size=2.5", "hidden_size must be a whole number from 1 to 2**63 - 1, got 2.5"),
+        ("hidden_size=true", "hidden_size must be a whole number from 1 to 2**63 - 1, got True"),
+        ("hidden_size='3'", "hidden_size must be a whole number from 1 to 2**63 - 1, got '3'"),
+        ("dropout=1", "dropout must be a finite number of at least 0 and below 1, got 1"),
+        ("dropout=.nan", "dropout must be a finite number of at least 0 and below 1, got nan"),
+        ("learning_rate=.inf", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got inf"),
+        ("learning_rate=fast", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got 'fast'"),
+        ("learning_rate=true", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got True"),
+        ("learning_rate=-0.0", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got -0.0"),
+        ("seed=-1", "seed must be a whole number from 0 to 2**63 - 1, got -1"),
         ("dropout", "--set dropout: must be key=value"),
-        ("dropout=[", "--set dropout=[: must be key=value"),
+        ("dropout=[", "--set dropout: its value is not YAML: line 1, column 2: "),
+        # What earlier ended in a traceback.
+        (f"hidden_size={'9' * 5000}", "--set hidden_size: its value is not YAML: line 1, column 1: '999"),
+        (
+            f"hidden_size=0x{'f' * 5000}",
+            "hidden_size must be a whole number from 1 to 2**63 - 1, got a number of about",
+        ),
+        (f"hidden_size={'[' * 3000}", "--set hidden_size: its value is not YAML: line 1, column 21: more than 20 val"),
+        ("mode={a: &a [1, 1], b: [*a, *a]}", "--set mode: its value is not YAML: line 1, column 21: aliases are not"),
+        ("mode=[1, [2, [3, 4], 5, 6, 7]]", "mode must be one of random, nr_st, nr_rh_st, got [1, [2, [...], 5, ...]]"),
+        ("dropout=2026-13-45", "--set dropout: its value is not YAML: line 1, column 1: '2026-13-45' cannot be read"),
+        ("dropout=!!bool maybe", "--set dropout: its value is not YAML: line 1, column 1: 'maybe' cannot be read as"),
+        ("learning_rate=1e39", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got '1e39'"),
+        ("init_range=3e38", "init_range must be a finite number above 0 and of at most 1.70141e+38, got '3e38'"),
+        *(
+            (f"learning_rate_decay={decay}", f"learning_rate_decay {float(decay):g} takes the learning rate out of the")
+            for decay in ("1e200", "1e-200")
+        ),
+        ("hidden_size=1000000000", "a model with hidden_size 1000000000 and num_layers 2 needs 5.96e+10 GiB, and this"),
+        ("num_layers=1000000000", "a model with hidden_size 4 and num_layers 1000000000 needs 4.41e+03 GiB, and this"),
+        ("sequence_length=1000000000", "train has too few words for 2 columns of sequence_length + 1"),
+        ("batch_size=1000000000", "a text of 60 words cannot be read in 1000000000 columns"),
+        ("evaluation_batch_size=1000000000", "a text of 60 words cannot be read in 1000000000 columns"),
     ],
 )
 def test_wrong_setting(zaremba, tmp_path: Path, change: str, said: str) -> None:
-    assert refusal(zaremba("--set", change, status=2)).startswith(said)
+    # A schedule that the decay has a part in.
+    line = refusal(zaremba("--set=epochs=9", "--set", change, status=2))
+    assert line.startswith(said)
+    assert len(line) < 400
     assert not (tmp_path / "run").exists()
 
 
 def test_text_and_numbers() -> None:
     with pytest.raises(UsageError, match="data must be text, got 3"):
         read_settings(MEDIUM, {"data": 3})
+    for path in ("a\0b", "a" * 5000):
+        with pytest.raises(UsageError, match="data must be the path of a folder, got 'a"):
+            read_settings(MEDIUM, {"data": path})
     # YAML takes 1e-3 for text.
     assert read_settings(MEDIUM, {"learning_rate": "1e-3"}).learning_rate == 0.001
 
@@ -315,10 +346,18 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--mode", "x"), "unknown mode 'x'; choose one of random, nr_st, nr_rh_st"),
+        (("--mode", "x"), "mode must be one of random, nr_st, nr_rh_st, got 'x'"),
         (("--epochs", 3), "--epochs 3: the schedule ends after 2; --set epochs=3 extends it"),
         (("--device", "tpu"), "--device tpu: must be cpu, cuda or cuda:N"),
         (("--device", "cuda:99"), "--device cuda:99: "),
+        (("--device", "cpu:3"), "--device cpu:3: must be cpu, cuda or cuda:N"),
+        (("--device", "cuda:" + "9" * 500), "--device cuda:999"),
+        # With so many, OpenMP ended in a segmentation fault.
+        (("--threads", 100_000), "--threads 100000: this machine has "),
+        (("--threads", 10**20), "--threads 100000000000000000000: this machine has "),
+        (("--seed", 10**20), "seed must be a whole number from 0 to 2**63 - 1, got 100000000000000000000"),
+        (("--epochs", "9" * 4000), "--epochs a number of about 4,000 digits: the schedule ends after 2"),
+        (("--out", "x" * 5000), "xxx"),
     ],
 )
 def test_wrong_option(zaremba, tmp_path: Path, options: tuple[object, ...], said: str) -> None:
@@ -336,12 +375,15 @@ def test_run_folder_is_named_after_model_and_mode(
     assert sorted(os.listdir("run/zaremba_medium_nr_st")) == ["checkpoint.pt", "log.csv", "result.json"]
 
 
-def test_diverging_training_stops_and_keeps_what_it_had(zaremba, trained: Path) -> None:
+def test_diverging_training_stops_and_keeps_what_it_had(
+    zaremba, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(trained)
-    state = torch.load(trained / "checkpoint.pt", weights_only=True)
-    state["model"]["projection.bias"][0] = float("nan")
-    torch.save(state, trained / "checkpoint.pt")
-    before = contents(trained)
+
+    def leave_the_numbers(optimizer: torch.optim.SGD) -> None:
+        optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", leave_the_numbers)
     assert refusal(zaremba("--resume", status=1)).startswith("epoch 2: the loss is no longer finite")
     assert contents(trained) == before
 
@@ -395,9 +437,9 @@ def test_perplexity() -> None:
     assert training_display.perplexity(1e6, 2) == training_display.perplexity(float("nan"), 2) == float("inf")
 
 
-@pytest.mark.parametrize("module", ["typer", "rich", "yaml", "sd_plugin"])
+@pytest.mark.parametrize("module", ["pydantic", "typer", "rich", "yaml", "sd_plugin"])
 def test_what_it_needs_is_said_in_a_line(without, module: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "zaremba_main.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=without(module))
     assert done.returncode == 2
-    assert done.stderr == "zaremba_main.py needs sd-plugin, typer, rich and PyYAML: pip install '.[demo]'\n"
+    assert done.stderr == "zaremba_main.py needs sd-plugin, pydantic, typer, rich and PyYAML: pip install '.[demo]'\n"
