@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from sd_plugin import UsageError
+from sd_plugin.errors import UsageError
 
 _CGROUPS = Path("/sys/fs/cgroup")
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from sd_plugin import UsageError
+from sd_plugin.errors import UsageError
 
 MARK = ".no-result-yet"
 _MARK_TEXT = "A run made this folder and has no result yet. If it was killed, the next run takes the folder away.\n"

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from plain_yaml import parse_yaml, read_yaml
 from pydantic import AfterValidator, BaseModel, Field, model_validator
-from user_input import STRICT, Number, Text, WholeNumber, parse_yaml, read_yaml, shortened, shown, validated
+from user_input import STRICT, Number, Text, WholeNumber, shortened, shown, validated
 
 from sd_plugin import UsageError
 

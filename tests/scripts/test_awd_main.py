@@ -280,7 +280,7 @@ def test_a_dry_run_prints_what_would_be_patched_and_changes_nothing(tmp_path: Pa
 def test_arguments_and_exit_status_are_the_programs_own(checkout: Path, work: Path, run: Forks) -> None:
     code = "import sys, utils\nprint(__name__, __file__, *sys.argv, utils.__file__, sep='|')\nsys.exit(7)\n"
     (checkout / "main.py").write_text(code)
-    own = ["--when", "2", "3", "--lr=-1", "--save", "a b.pt", "--frobnicate"]
+    own = ["--when", "2", "3", "--lr=0.1", "--save", "a b.pt", "--frobnicate"]
     done = run("--sd", "--awd-dir", checkout, *own, "--cuda", cwd=work, status=7)
     program = str(checkout / "main.py")
     expected = ["__main__", program, program, *own, "--cuda", "--data", "data/penn", str(checkout / "utils.py")]

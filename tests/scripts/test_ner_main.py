@@ -462,7 +462,7 @@ def fails(done: subprocess.CompletedProcess[str]) -> str:
         (["--emb-fn=nowhere.txt"], "--emb-fn: there is no file nowhere.txt"),
         (["-l", "nowhere.hdf5"], "--load: there is no file nowhere.hdf5"),
         (["--save=nowhere/model"], "--save: .*nowhere is no folder to write in"),
-        (["--dropout-ratio=1"], r"--dropout-ratio must be in \[0, 1\), got 1"),
+        (["--dropout-ratio=1"], "--dropout-ratio must be a finite number of at least 0 and below 1, got '1'"),
         (["--batch-size=100"], r"train\.txt has 40 sentences, and needs 100 at least"),
         (["--gpu=99"], "--gpu 99: torch sees [0-9]+ GPUs here"),
     ],
