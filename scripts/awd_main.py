@@ -125,15 +125,16 @@ def main() -> int:
     program = folder / f"{options.script}.py"
     if not program.is_file():
         raise UsageError(f"{folder} has no {program.name}")
-    host_launcher.check_installed("numpy")
     mode = options.sd or "random"
     if options.sd_dry_run:
+        host_launcher.check_installed("numpy")
         host_launcher.enter_program(program, arguments)
         awd_lstm.enable(mode, options.sd_case, folder=folder)
         settings = "mode random, the host's own dropout" if mode == "random" else f"mode {mode}"
         host_launcher.tell_dry_run("awd-lstm-lm", folder, settings, awd_lstm.changes())
         return 0
     arguments = complete(options.script, arguments, folder)
+    host_launcher.check_installed("numpy")
     if options.sd:
         os.environ.setdefault(host_launcher.REPORT_VARIABLE, "1")
     return host_launcher.run_program(program, arguments, lambda: awd_lstm.enable(mode, options.sd_case, folder=folder))
