@@ -114,27 +114,22 @@ def validated(model: type[Model], values: Mapping[Any, Any], where: str = "") ->
     Raises:
         UsageError: the first thing that is wrong: an unknown or missing key, or a value that is not valid.
     """
-    # What is no text is no key; nor is text that UTF-8 cannot hold, at which pydantic stops.
-    named = {key if _is_utf8(key) else shown(key): value for key, value in values.items()}
     fields = {field.alias or name: field for name, field in model.model_fields.items()}
-    if model.model_config.get("extra") == "forbid" and (unknown := [key for key in named if key not in fields]):
-        told = ", ".join(key if key.isidentifier() else shown(key) for key in unknown)
+    unknown = [key for key in values if not isinstance(key, str) or key not in fields]
+    if unknown and model.model_config.get("extra") == "forbid":
+        told = ", ".join(key if isinstance(key, str) and key.isidentifier() else shown(key) for key in unknown)
         raise UsageError(f"{where}unknown key {shortened(told, 100)}; valid: {', '.join(fields)}")
-    if missing := [name for name, field in fields.items() if field.is_required() and name not in named]:
+    if missing := [name for name, field in fields.items() if field.is_required() and name not in values]:
         raise UsageError(f"{where}missing key {', '.join(missing)}")
     try:
-        return model.model_validate(named)
+        return model.model_validate(dict(values))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     own = first.get("ctx", {}).get("error")
     if isinstance(own, UsageError):
         raise own from None
     name = str(first["loc"][0])
-    raise UsageError(f"{name} must be {_valid(fields[name])}, got {shown(named[name])}") from None
-
-
-def _is_utf8(value: object) -> bool:
-    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    raise UsageError(f"{name} must be {_valid(fields[name])}, got {shown(values[name])}") from None
 
 
 def _valid(field: Any) -> str:

@@ -6,10 +6,12 @@ import fcntl
 import io
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ import torch
 import training_display
 import training_state
 import zaremba_main
+from data_parallel import Variables
 from language_model_data import columns, read_corpus, sequences
 from rich.console import Console
 from training_settings import Settings, read_settings
@@ -288,6 +291,145 @@ def test_damaged_checkpoint(zaremba, trained: Path, damage: str) -> None:
     assert contents(trained) == before
 
 
+def _drop_tensor(state: dict[str, Any]) -> None:
+    del state["model"]["lstm.weight_hh_l0"]
+
+
+def _add_tensor(state: dict[str, Any]) -> None:
+    state["model"]["lstm.weight_hh_l9"] = torch.zeros(2)
+
+
+def _cut_tensor(state: dict[str, Any]) -> None:
+    state["model"]["lstm.weight_hh_l0"] = state["model"]["lstm.weight_hh_l0"][:3]
+
+
+def _halve_tensor(state: dict[str, Any]) -> None:
+    state["model"]["lstm.bias_hh_l0"] = state["model"]["lstm.bias_hh_l0"].half()
+
+
+def _empty_tensor(state: dict[str, Any]) -> None:
+    state["model"]["lstm.bias_hh_l0"] = torch.empty(16, device="meta")
+
+
+def _list_for_tensor(state: dict[str, Any]) -> None:
+    state["model"]["projection.bias"] = [0.0] * 8
+
+
+def _no_number(state: dict[str, Any]) -> None:
+    state["model"]["projection.bias"][0] = float("nan")
+
+
+def _other_option(state: dict[str, Any]) -> None:
+    state["optimizer"]["param_groups"][0]["weight_decay"] = 0.5
+
+
+def _momentum(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"] = {0: {"momentum_buffer": torch.zeros(3)}}
+
+
+def _row_without_column(state: dict[str, Any]) -> None:
+    del state["log"][0]["seconds"]
+
+
+def _text_in_row(state: dict[str, Any]) -> None:
+    state["log"][0]["train_perplexity"] = "low"
+
+
+def _set(key: str, value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update({key: value})
+
+
+#: What becomes of a checkpoint, and how that is told.
+BROKEN = [
+    (_drop_tensor, "model: lstm.weight_hh_l0 is missing"),
+    (_add_tensor, "model: 'lstm.weight_hh_l9' is unknown"),
+    (_cut_tensor, "model: lstm.weight_hh_l0 is float32[3, 4], and must be float32[16, 4]"),
+    (_halve_tensor, "model: lstm.bias_hh_l0 is float16[16], and must be float32[16]"),
+    (_empty_tensor, "model: lstm.bias_hh_l0 is float32[16] (torch.strided, meta), and must be float32[16]"),
+    (_list_for_tensor, "model: projection.bias: Input should be an instance of Tensor"),
+    (_no_number, "model: projection.bias holds values that are not finite"),
+    (_set("model", None), "model: Input should be a valid dictionary"),
+    (_set("optimizer", [1]), "optimizer: Input should be a valid dictionary"),
+    (_set("optimizer", {}), "optimizer: it has no param_groups"),
+    (_set("optimizer", {"param_groups": [], "state": {}}), "optimizer: it has 0 param_groups"),
+    (_other_option, "optimizer: 'weight_decay' is 0.5, and must be 0"),
+    (_momentum, "optimizer: it has a state, which SGD without momentum has not"),
+    (_set("random", []), "random: of 0 processes, and must be of 1"),
+    (_set("random", [{}]), "random: cpu is missing"),
+    (_set("random", [{"cpu": torch.zeros(9, dtype=torch.uint8)}]), "random: cpu is uint8[9], and must be uint8["),
+    (_set("random", [{"cpu": torch.zeros_like(torch.get_rng_state())}]), "Invalid mt19937 state"),
+    (_set("epoch", "1"), "epoch: Input should be a valid integer"),
+    (_set("epoch", 7), "its log is not that of 7 epochs"),
+    (_set("log", "epoch"), "log: Input should be a valid list"),
+    (_row_without_column, "log: 0: seconds: Field required"),
+    (_text_in_row, "log: 0: train_perplexity: Input should be a valid number"),
+    (_set("identity", [1]), "identity: Input should be a valid dictionary"),
+    (_set("identity", {"seed": torch.zeros(3)}), "identity: seed: "),
+]
+
+
+def test_whole_checkpoint_with_broken_content(zaremba, trained: Path) -> None:
+    """One line that names the file and what is wrong in it; no file is touched."""
+    file = trained / "checkpoint.pt"
+    whole = file.read_bytes()
+    for damage, told in BROKEN:
+        state = torch.load(io.BytesIO(whole), weights_only=True)
+        damage(state)
+        torch.save(state, file)
+        before = contents(trained)
+        said = refusal(zaremba("--resume", status=2))
+        assert said.startswith(f"{file} is broken ({told}")
+        assert said.endswith("; it was left as it is: move it away, or put a good copy there")
+        assert contents(trained) == before
+    file.write_bytes(whole)
+    assert zaremba("--resume") == ""
+
+
+@pytest.mark.parametrize("form", ["2.2", "later"])
+def test_checkpoints_of_other_versions_of_torch(zaremba, trained: Path, form: str) -> None:
+    """The options of SGD are not the same in all, and some note that there is no momentum."""
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    (group,) = state["optimizer"]["param_groups"]
+    if form == "2.2":
+        group.pop("fused", None)
+        state["optimizer"]["state"] = {i: {"momentum_buffer": None} for i in group["params"]}
+    else:
+        group["another"] = None
+    torch.save(state, trained / "checkpoint.pt")
+    assert zaremba("--resume") == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be a whole number from 1 to 2**63 - 1, got 'x'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE must be a whole number from 1 to 2**63 - 1, got ''"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number from 1 to 2**63 - 1, got '0'"),
+        ({"RANK": "first"}, "RANK must be a whole number from 0 to 2**63 - 1, got 'first'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK must be a whole number from 0 to 2**63 - 1, got '-1'"),
+        ({"RANK": "9" * 5000}, "RANK must be a whole number from 0 to 2**63 - 1, got '999"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "the 2 processes did not find each other: "),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "the 2 processes did not"),
+    ],
+)
+def test_wrong_variables_of_torchrun(
+    zaremba, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert refusal(zaremba(status=2)).startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rank_beyond_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UsageError, match="RANK must be less than WORLD_SIZE, which is 2, got 2"):
+        Variables.read()
+
+
 def test_no_damage_goes_unnoticed(trained: Path) -> None:
     """Whatever byte of the records is changed, or wherever it is cut: one error, of one kind."""
     file, rng = trained / "checkpoint.pt", random.Random(1)
@@ -396,6 +538,38 @@ def test_interruption(zaremba, trained: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.optim.SGD, "step", interrupt)
     assert refusal(zaremba("--resume", status=130)).startswith("interrupted; --resume continues")
     assert contents(trained) == before
+    monkeypatch.undo()
+    # In the middle of a save, and in the first epoch.
+    monkeypatch.setattr(os, "fsync", interrupt)
+    assert refusal(zaremba("--resume", status=130)).startswith("interrupted; --resume continues")
+    assert contents(trained) == before
+    said = refusal(zaremba("--out", trained.with_name("other"), status=130))
+    assert said == "interrupted; no epoch was finished"
+    assert not trained.with_name("other").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_out_of_memory(zaremba, trained: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    before = contents(trained)
+    monkeypatch.setattr(torch.optim.SGD, "step", fail)
+    assert refusal(zaremba("--resume", status=2)).startswith("out of memory: ")
+    assert contents(trained) == before
+
+
+def test_step_that_no_memory_holds(zaremba, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zaremba_main, "memory", lambda: 10_000)
+    said = refusal(zaremba(status=2))
+    assert re.fullmatch(
+        r"a model with hidden_size 4 and num_layers 2.* needs \S+ GiB, and this machine has \S+ GiB", said
+    )
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(zaremba_main, "memory", lambda: 20_000)
+    assert zaremba("--epochs", 1) == ""
 
 
 def test_progress_in_lines_and_as_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
