@@ -41,7 +41,7 @@ except ImportError:
     raise SystemExit(2) from None
 
 import torch
-from data_parallel import Processes, joined
+from data_parallel import Processes, Variables, joined
 from language_model_data import Corpus, columns, read_corpus, sequences
 from machine_limits import check_fits, memory, processors
 from torch import Tensor, nn
@@ -313,8 +313,11 @@ def train_and_test(
 def _fail(reason: BaseException | str, status: int) -> typer.Exit:
     """Print one line of what went wrong; the exit to raise."""
     # Of several processes, which meet the same error, one says it.
-    rank = os.environ.get("RANK", "0")
-    if not rank.isdecimal() or not rank.strip("0"):
+    try:
+        leads = Variables.read().RANK == 0
+    except UsageError:
+        leads = True
+    if leads:
         warn(f"error: {reason if isinstance(reason, str) else reason_of(reason)}")
     return typer.Exit(status)
 
