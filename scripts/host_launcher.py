@@ -13,7 +13,7 @@ from typing import Annotated
 
 import interruption
 from pydantic import Field
-from user_input import Model, Number, Parser, WholeNumberText, shown, validated
+from user_input import Model, Number, Parser, WholeNumberText, shortened, shown, validated
 
 from sd_plugin._environment import CASES, MODES, TARGETS_VARIABLE, VARIABLE, read_switch
 from sd_plugin.errors import UsageError
@@ -82,7 +82,7 @@ def told_in_one_line(main: Callable[[], int]) -> int:
     try:
         return main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shortened(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         interruption.is_over()

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from user_input import shortened, shown
+from user_input import in_one_line, shortened, shown
 
 from sd_plugin.errors import UsageError
 
@@ -51,9 +51,9 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise UsageError(shortened(f"{place}{error.problem or error.context}", 200)) from None
+        raise UsageError(in_one_line(f"{place}{error.problem or error.context}", 200)) from None
     except yaml.YAMLError as error:
-        raise UsageError(shortened(str(error), 200)) from None
+        raise UsageError(in_one_line(str(error), 200)) from None
 
 
 def read_yaml(path: Path) -> Any:

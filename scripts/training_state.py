@@ -20,7 +20,7 @@ import torch
 from corpus_files import sync
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
-from user_input import shortened, shown
+from user_input import in_one_line, shortened, shown
 
 from sd_plugin import UsageError
 
@@ -169,7 +169,7 @@ class RunFolder:
     def broken(self, reason: str) -> UsageError:
         """The error to raise if a checkpoint, whole as it is, does not hold what it must."""
         return UsageError(
-            f"{self.checkpoint} is broken ({shortened(reason, 200)}); "
+            f"{self.checkpoint} is broken ({in_one_line(reason, 200)}); "
             "it was left as it is: move it away, or put a good copy there"
         )
 

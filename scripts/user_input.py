@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import annotated_types
+import interruption
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
 
 from sd_plugin.errors import UsageError
@@ -52,19 +53,24 @@ def shown(value: object) -> str:
 
 
 def shortened(text: str, length: int = LINE_LENGTH) -> str:
-    """``text`` in one line without control characters, its middle left out if it is longer than ``length``."""
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(text.split()))
+    """``text`` with control characters written out, its middle left out if it is longer than ``length``."""
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
     if len(text) <= length:
         return text
     end = length // 3
     return f"{text[: length - end - 5]} ... {text[-end:]}"
 
 
+def in_one_line(text: str, length: int = LINE_LENGTH) -> str:
+    """A message of another program's, shortened; its lines are joined."""
+    return shortened(" ".join(text.split()), length)
+
+
 def reason_of(error: BaseException) -> str:
     """What went wrong, in a line: of an OSError its file and the system's words."""
     if isinstance(error, OSError) and error.strerror:
         return shortened(f"{error.filename}: {error.strerror}" if error.filename else error.strerror)
-    return shortened(str(error) or type(error).__name__)
+    return in_one_line(str(error)) or type(error).__name__
 
 
 # ------------------------------------------------------------------------------------------------------- schemas
@@ -180,7 +186,7 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that tells what is wrong as UsageError, in one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(shortened(message, 300))
+        raise UsageError(in_one_line(message, 300))
 
 
 def run_app(app: Any, name: str) -> NoReturn:
@@ -190,9 +196,12 @@ def run_app(app: Any, name: str) -> NoReturn:
     try:
         status = get_command(app).main(prog_name=name, standalone_mode=False)
     except Exception as error:
-        # Whichever class this version of typer has for it.
+        # Whichever classes this version of typer has for them.
+        if type(error).__name__ == "Abort":
+            print("interrupted", file=sys.stderr)
+            sys.exit(interruption.STATUS)
         if not hasattr(error, "format_message"):
             raise
-        print(f"error: {shortened(error.format_message(), 300)}", file=sys.stderr)
+        print(f"error: {in_one_line(error.format_message(), 300)}", file=sys.stderr)
         status = 2
     sys.exit(status)

@@ -13,14 +13,15 @@ from typing import Annotated, Any, Literal
 import pytest
 
 # Without these the scripts end at once, and would end pytest.
-pytest.importorskip("pydantic")
-pytest.importorskip("yaml")
+for module in ("pydantic", "yaml", "typer", "rich"):
+    pytest.importorskip(module)
 import awd_main
 import machine_limits
 import ner_main
 import plain_yaml
 import training_settings
 import user_input
+import zaremba_main
 from host_launcher import checked_options
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -239,6 +240,34 @@ def test_a_program_that_is_interrupted_while_it_imports_says_so_in_a_line(tmp_pa
             process.send_signal(signal.SIGINT)
         assert process.communicate(timeout=60)[1] == "interrupted\n", script
         assert process.returncode == 130, script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seed", "9" * 5000], "error: Invalid value for '--seed': '999"),
+        (["--threads", "0"], "error: Invalid value for '--threads': 0 is not in the range x>=1."),
+        (["--nonsense"], "error: No such option: --nonsense"),
+    ],
+)
+def test_wrong_command_line_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["zaremba_main.py", str(MEDIUM), *arguments])
+    with pytest.raises(SystemExit) as caught:
+        user_input.run_app(zaremba_main.app, "zaremba_main.py")
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith(said) and len(line) < 400
+
+
+def test_help_is_no_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["zaremba_main.py", "--help"])
+    with pytest.raises(SystemExit) as caught:
+        user_input.run_app(zaremba_main.app, "zaremba_main.py")
+    assert caught.value.code in (0, None)
+    assert "--resume" in capsys.readouterr().out
 
 
 def test_to_import_a_program_leaves_signals_alone() -> None:
