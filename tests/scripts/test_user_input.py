@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal
 import pytest
 
 # Without these the scripts end at once, and would end pytest.
-for module in ("pydantic", "yaml", "typer", "rich"):
-    pytest.importorskip(module)
+pytest.importorskip("pydantic")
+pytest.importorskip("yaml")
+pytest.importorskip("typer")
+pytest.importorskip("rich")
 import awd_main
 import machine_limits
 import ner_main
@@ -243,15 +245,11 @@ def test_a_program_that_is_interrupted_while_it_imports_says_so_in_a_line(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--seed", "9" * 5000], "error: Invalid value for '--seed': '999"),
-        (["--threads", "0"], "error: Invalid value for '--threads': 0 is not in the range x>=1."),
-        (["--nonsense"], "error: No such option: --nonsense"),
-    ],
+    ("arguments", "culprit"),
+    [(["--seed", "9" * 5000], "--seed"), (["--threads", "0"], "--threads"), (["--nonsense"], "--nonsense")],
 )
 def test_wrong_command_line_is_told_in_a_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], culprit: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["zaremba_main.py", str(MEDIUM), *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -259,7 +257,8 @@ def test_wrong_command_line_is_told_in_a_line(
     out, err = capsys.readouterr()
     assert (caught.value.code, out) == (2, "")
     (line,) = err.splitlines()
-    assert line.startswith(said) and len(line) < 400
+    # The words are those of typer's version.
+    assert line.startswith("error: ") and culprit in line and len(line) < 400
 
 
 def test_help_is_no_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
