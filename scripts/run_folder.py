@@ -60,34 +60,45 @@ def has_result(path: Path) -> None:
 
 def _locked(path: Path) -> tuple[int, bool]:
     """A descriptor of the folder, which is then locked, and whether the folder was made."""
-    is_made = False
+    is_made, missing = False, None
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(_PAUSE)
-        is_made = _made(path) or is_made
-        with contextlib.suppress(FileNotFoundError):
+        try:
+            is_made = _made(path) or is_made
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            with contextlib.suppress(BlockingIOError, FileNotFoundError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Or it was taken away, and perhaps made again, between these two calls.
-                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor, is_made
-            os.close(descriptor)
-    raise UsageError(f"{path} is in use by another run")
+            missing = None
+        except FileNotFoundError as error:
+            # A run that ends at this moment takes it away, or the folder above it.
+            missing = error
+            continue
+        if _is_locked(path, descriptor):
+            return descriptor, is_made
+        os.close(descriptor)
+    raise missing or UsageError(f"{path} is in use by another run")
 
 
 def _made(path: Path) -> bool:
     """Make the folder; False if it is there."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         path.mkdir()
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(exist_ok=True)
     except FileExistsError:
         if not path.is_dir():
             raise
         return False
     return True
+
+
+def _is_locked(path: Path, descriptor: int) -> bool:
+    """Whether the folder, which was opened as ``descriptor``, could be locked, and is still there."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It may have been taken away, and perhaps made again, before that.
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def _take_away_killed(folder: Path, prepared: Collection[str]) -> None:

@@ -16,7 +16,10 @@ Several processes share the columns of a batch and average their gradients. Stru
 the whole batch, so all of them draw the same patterns, and N processes train as one would, to rounding. Random dropout
 is each process's own, or columns of different processes would lose the same units.
 
-Exit status: 0 done, 1 the loss is no longer finite, 2 wrong use or a file that cannot be read or written.
+A model that this machine cannot hold is refused, a checkpoint that is not whole is left as it is.
+
+Exit status: 0 done, 1 the loss is no longer finite, 2 wrong use or a file that cannot be read or written, 130
+interrupted.
 """
 
 import os
