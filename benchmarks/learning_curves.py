@@ -10,6 +10,7 @@ validation is solid, training dashed. A run that ended before its schedule did i
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,27 @@ def _panel(axes: Axes, runs: list[Run]) -> None:
     axes.legend(frameon=False, fontsize=9, title="valid, after the last epoch", title_fontsize=9)
 
 
+def _check_target(out: Path) -> None:
+    """Raise UsageError unless ``out`` can be a figure, in a folder that is there."""
+    if out.suffix[1:] not in FORMATS:
+        raise UsageError(f"--out {out}: the ending must be one of {', '.join(FORMATS)}")
+    if not out.parent.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder; name a file")
+
+
+def _save(figure: Figure, out: Path) -> None:
+    """Write a figure under a temporary name, then rename it: what was there is replaced by all of it or not at all."""
+    kind = out.suffix[1:]
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        figure.savefig(partial, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def draw(runs: list[Run]) -> Figure:
     """A panel for each model, in the order in which they come."""
     models = list(dict.fromkeys(run.model for run in runs))
@@ -131,13 +153,10 @@ def main(
 ) -> None:
     """Draw the perplexity per epoch of one or more runs."""
     try:
-        kind = out.suffix[1:]
-        if kind not in FORMATS:
-            raise UsageError(f"--out {out}: the ending must be one of {', '.join(FORMATS)}")
+        _check_target(out)
         runs = [Run.read(path) for path in logs]
-        out.parent.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context(STYLE):
-            draw(runs).savefig(out, metadata={"Date": None} if kind == "svg" else None)
+            _save(draw(runs), out)
         print(out)
     except (UsageError, OSError) as error:
         print(f"learning_curves.py: {error}", file=sys.stderr)

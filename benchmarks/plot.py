@@ -188,7 +188,7 @@ def draw(file: Path, out: Path, kind: str) -> list[Path]:
     """Draw everything that ``file`` holds; the paths written.
 
     Raises:
-        UsageError: ``file`` is no result of a benchmark, or holds nothing yet.
+        UsageError: ``file`` is no result of a benchmark, or holds nothing yet; the folder is then not made.
     """
     document = results.load(file)
     figures: dict[str, Figure] = {}
@@ -200,6 +200,7 @@ def draw(file: Path, out: Path, kind: str) -> list[Path]:
                 figures[f"sweep-{axis}"] = sweep(document, axis)
         if not figures:
             raise UsageError(f"{file} holds nothing to draw: the run ended before its first workload")
+        out.mkdir(parents=True, exist_ok=True)
         written = []
         for name, figure in figures.items():
             path = out / f"{file.stem}-{name}.{kind}"
@@ -219,7 +220,6 @@ def main(
     try:
         if format not in FORMATS:
             raise UsageError(f"--format {format!r} is not valid; valid: {', '.join(FORMATS)}")
-        out.mkdir(parents=True, exist_ok=True)
         for file in files:
             for path in draw(file, out, format):
                 print(path)

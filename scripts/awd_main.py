@@ -13,9 +13,25 @@ of what was dropped and skipped are printed at the end (``SD_PLUGIN_REPORT=0``: 
 import os
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
+
+# Before all that takes long to import.
+import interruption  # noqa: F401
+
+# isort: split
+try:
+    import pydantic  # noqa: F401
+
+    import sd_plugin  # noqa: F401
+except ImportError:
+    print("awd_main.py needs sd-plugin and pydantic: pip install '.[demo]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 import host_launcher
-from host_launcher import UsageError
+from host_launcher import Count, NotNegative, Seed, Share, Size, UsageError
+from machine_limits import check_fits, memory
+from pydantic import BaseModel, ConfigDict, Field
+from user_input import Number, WholeNumberText
 
 from sd_plugin._environment import CASES, MODES
 from sd_plugin.patches import awd_lstm
@@ -28,6 +44,72 @@ MODELS = {"finetune": ("--save", None), "generate": ("--checkpoint", "model.pt")
 FILE_OPTIONS = ("--data", "--save", "--resume", "--checkpoint", "--outf")
 #: The host's file names -> those of scripts/get_data.py.
 CORPUS = {f"{part}.txt": f"ptb.{part}.txt" for part in ("train", "valid", "test")}
+
+
+class Training(BaseModel):
+    """Options of main.py and finetune.py with the host's defaults."""
+
+    model_config = ConfigDict(alias_generator=lambda name: f"--{name}")
+
+    model: Literal["LSTM", "QRNN", "GRU"] = "LSTM"
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    emsize: Size = 400
+    nhid: Size = 1150
+    nlayers: Size = 3
+    batch_size: Size = 80
+    bptt: Size = 70
+    nonmono: Size = 5
+    log_interval: Annotated[Size, Field(alias="--log-interval")] = 200
+    epochs: Count = 8000
+    lr: NotNegative = 30.0
+    wdecay: NotNegative = 1.2e-6
+    clip: Number = 0.25
+    alpha: Number = 2.0
+    beta: Number = 1.0
+    dropout: Share = 0.4
+    dropouth: Share = 0.3
+    dropouti: Share = 0.65
+    dropoute: Share = 0.1
+    wdrop: Annotated[Number, Field(ge=0, le=1)] = 0.5
+    seed: Seed = 1111
+
+    def parameters(self) -> int:
+        """How many the recurrent layers and their gradients have at least: those of the LSTM, which has the most."""
+        first, last = 4 * self.nhid * (self.emsize + self.nhid), 4 * self.emsize * (self.nhid + self.emsize)
+        if self.nlayers == 1:
+            return 4 * self.emsize * 2 * self.emsize
+        return first + last + (self.nlayers - 2) * 8 * self.nhid * self.nhid
+
+
+class Generation(BaseModel):
+    """Options of generate.py."""
+
+    model_config = Training.model_config
+
+    words: Count = 1000
+    temperature: Number = 1.0
+    log_interval: Annotated[Size, Field(alias="--log-interval")] = 100
+    seed: WholeNumberText = 1111
+
+
+class Pointing(BaseModel):
+    """Options of pointer.py."""
+
+    model_config = Training.model_config
+
+    bptt: Size = 5000
+    window: Size = 3785
+    theta: Number = 0.66
+    lambdasm: Number = 0.13
+
+
+#: Program -> the options of it that are looked at.
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "main": Training,
+    "finetune": Training,
+    "generate": Generation,
+    "pointer": Pointing,
+}
 
 
 def main() -> int:
@@ -45,12 +127,14 @@ def main() -> int:
         raise UsageError(f"{folder} has no {program.name}")
     mode = options.sd or "random"
     if options.sd_dry_run:
+        host_launcher.check_installed("numpy")
         host_launcher.enter_program(program, arguments)
         awd_lstm.enable(mode, options.sd_case, folder=folder)
         settings = "mode random, the host's own dropout" if mode == "random" else f"mode {mode}"
         host_launcher.tell_dry_run("awd-lstm-lm", folder, settings, awd_lstm.changes())
         return 0
     arguments = complete(options.script, arguments, folder)
+    host_launcher.check_installed("numpy")
     if options.sd:
         os.environ.setdefault(host_launcher.REPORT_VARIABLE, "1")
     return host_launcher.run_program(program, arguments, lambda: awd_lstm.enable(mode, options.sd_case, folder=folder))
@@ -61,13 +145,17 @@ def complete(script: str, arguments: list[str], folder: Path) -> list[str]:
 
     Raises:
         UsageError: data or a model are missing, or the folder to save in; or one of them is named by an abbreviation,
-            which the host would take, and this program not see.
+            which the host would take, and this program not see; a number is one that the host would not survive.
     """
     for name in (argument.partition("=")[0] for argument in arguments if argument.startswith("--")):
         whole = next((option for option in FILE_OPTIONS if option != name and option.startswith(name)), None)
         if whole is not None:
             raise UsageError(f"{name}: write {whole} in full")
-    arguments = [*arguments, "--data", str(find_data(arguments, folder))]
+    checked = host_launcher.checked_options(SCHEMAS[script], arguments)
+    data = find_data(arguments, folder)
+    if isinstance(checked, Training):
+        check_sizes(checked, data)
+    arguments = [*arguments, "--data", str(data)]
     if script in MODELS:
         option, default = MODELS[script]
         model = host_launcher.value_of(arguments, option) or default
@@ -91,6 +179,31 @@ def find_data(arguments: list[str], folder: Path) -> Path:
         where = " and ".join(str(place) for place in places)
         raise UsageError(f"no training data: looked in {where}; python scripts/get_data.py ptb makes data/ptb")
     return host_launcher.text_folder(found, CORPUS)
+
+
+def check_sizes(options: Training, data: Path) -> None:
+    """Raise UsageError for a model that no memory holds, or for a text too short for the columns it is read in."""
+    needed = 8 * options.parameters()
+    check_fits(f"--emsize {options.emsize} --nhid {options.nhid} --nlayers {options.nlayers}", needed, memory())
+    # The host reads the others in as many columns.
+    for part, columns in (("train", options.batch_size), ("valid", 10), ("test", 1)):
+        # A sequence has a word to predict.
+        if not _has_words(data / f"{part}.txt", 2 * columns):
+            raise UsageError(f"{data / part}.txt has too few words to be read in {columns} columns")
+
+
+def _has_words(path: Path, count: int) -> bool:
+    """Whether a text has so many words, the ends of its lines counted; it is read no further."""
+    # Each has a letter and a space or an end of line.
+    if path.stat().st_size < count:
+        return False
+    found = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            found += len(line.split()) + 1
+            if found >= count:
+                return True
+    return False
 
 
 def check_files(script: str, arguments: list[str]) -> None:

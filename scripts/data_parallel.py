@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from user_input import WholeNumberText, reason_of, shown, validated
 
 from sd_plugin import UsageError
 
@@ -53,6 +56,22 @@ class Processes:
         return values
 
 
+class Variables(BaseModel):
+    """The environment variables by which torchrun says which process is which."""
+
+    WORLD_SIZE: Annotated[WholeNumberText, Field(ge=1)] = 1
+    RANK: Annotated[WholeNumberText, Field(ge=0)] = 0
+    LOCAL_RANK: Annotated[WholeNumberText, Field(ge=0)] = 0
+
+    @classmethod
+    def read(cls) -> "Variables":
+        """Those of this process; UsageError if one has no such value."""
+        found = validated(cls, {name: os.environ[name] for name in cls.model_fields if name in os.environ})
+        if found.RANK >= found.WORLD_SIZE:
+            raise UsageError(f"RANK must be less than WORLD_SIZE, which is {found.WORLD_SIZE}, got {found.RANK}")
+        return found
+
+
 @contextlib.contextmanager
 def joined(device: str) -> Iterator[Processes]:
     """Join the processes that torchrun started, if it did: by gloo on CPUs, by NCCL on CUDA devices.
@@ -61,10 +80,11 @@ def joined(device: str) -> Iterator[Processes]:
         device: ``cpu``, ``cuda`` or ``cuda:N``. Of several processes each takes the ``cuda`` device of its local rank.
 
     Raises:
-        UsageError: there is no such device, or a numbered one for several processes.
+        UsageError: there is no such device, or a numbered one for several processes; the variables by which they are to
+            find each other are not valid, or they do not.
     """
-    count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    variables = Variables.read()
+    count, rank, local = variables.WORLD_SIZE, variables.RANK, variables.LOCAL_RANK
     if count > 1 and ":" in device:
         raise UsageError(f"--device {device}: {count} processes need a device each; give --device cuda")
     found = _device(f"cuda:{local}" if device == "cuda" else device)
@@ -73,7 +93,10 @@ def joined(device: str) -> Iterator[Processes]:
     if count == 1:
         yield Processes(1, 0, found)
         return
-    distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    try:
+        distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"the {count} processes did not find each other: {reason_of(error)}") from None
     try:
         yield Processes(count, rank, found)
     finally:
@@ -82,8 +105,8 @@ def joined(device: str) -> Iterator[Processes]:
 
 def _device(name: str) -> torch.device:
     """The device called ``name``, if this machine and this PyTorch have it."""
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: must be cpu, cuda or cuda:N")
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", name):
+        raise UsageError(f"--device {shown(name)[1:-1]}: must be cpu, cuda or cuda:N")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+# Before all that takes long to import.
+import interruption
+
+# isort: split
 try:
     import typer
     import yaml
@@ -264,8 +268,16 @@ def main(
     min_bleu: Annotated[float, typer.Option(help="Fail below this BLEU.")] = 90.0,
 ) -> None:
     """Train on German number words with structured dropout and translate held-out ones. Takes minutes."""
+    interruption.is_raised()
+    if not 0 <= min_bleu <= 100:  # nor is nan
+        _err.print(f"demo: --min-bleu must be from 0 to 100, got {min_bleu:g}", markup=False)
+        raise typer.Exit(2)
     try:
         demo(stock, min_bleu)
+    except KeyboardInterrupt:
+        interruption.is_over()
+        _err.print("demo: interrupted", markup=False)
+        raise typer.Exit(interruption.STATUS) from None
     except (DemoError, DataError, OSError) as error:
         _err.print(f"demo: {error}", markup=False)
         raise typer.Exit(1) from error

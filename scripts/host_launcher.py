@@ -3,11 +3,17 @@
 import argparse
 import builtins
 import hashlib
+import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated
+
+import interruption
+from pydantic import Field
+from user_input import Model, Number, Parser, WholeNumberText, shortened, shown, validated
 
 from sd_plugin._environment import CASES, MODES, TARGETS_VARIABLE, VARIABLE, read_switch
 from sd_plugin.errors import UsageError
@@ -15,13 +21,21 @@ from sd_plugin.patches._checkout import Checkout, commit_of
 
 REPORT_VARIABLE = "SD_PLUGIN_REPORT"
 
+# What the numbers among a host's own options may be. Other values of these make it stop with a traceback, or never.
+Size = Annotated[WholeNumberText, Field(ge=1)]
+Count = Annotated[WholeNumberText, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+NotNegative = Annotated[Number, Field(ge=0)]
+#: numpy takes no other.
+Seed = Annotated[WholeNumberText, Field(ge=0, le=2**32 - 1)]
+
 
 def parser(program: str, description: str, checkout: Checkout, folder_option: str) -> argparse.ArgumentParser:
     """A parser with the options that every launcher has; what it does not know is the host's.
 
     argparse, because ``--sd`` may have a value or none.
     """
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog=program,
         description=description,
         usage=f"{program} [--sd[=MODE]] [options] [ARGS of the original ...]",
@@ -50,7 +64,7 @@ def parser(program: str, description: str, checkout: Checkout, folder_option: st
 def check_choice(name: str, value: str | None, valid: Sequence[str]) -> None:
     """Raise UsageError unless ``value`` is None or one of ``valid``."""
     if value is not None and value not in valid:
-        raise UsageError(f"{name} must be one of {', '.join(valid)}, got {value!r}")
+        raise UsageError(f"{name} must be one of {', '.join(valid)}, got {shown(value)}")
 
 
 def check_environment(structured: bool) -> None:
@@ -63,12 +77,43 @@ def check_environment(structured: bool) -> None:
 
 
 def told_in_one_line(main: Callable[[], int]) -> int:
-    """Run ``main``; a mistake of the user's becomes one line and exit status 2."""
+    """Run ``main``; a mistake of the user's becomes one line and exit status 2, Ctrl-C one line and 130."""
+    interruption.is_raised()
     try:
         return main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shortened(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        interruption.is_over()
+        print("interrupted", file=sys.stderr)
+        return interruption.STATUS
+
+
+def check_installed(*modules: str) -> None:
+    """Raise UsageError if a module cannot be imported, which a host fails without."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError:
+            raise UsageError(f"{module} is not installed, which the original needs") from None
+
+
+def checked_options(schema: type[Model], arguments: Sequence[str], short: Mapping[str, str] | None = None) -> Model:
+    """What the host's arguments give to its options in ``schema``, abbreviated or not; other arguments are ignored.
+
+    Args:
+        schema: the aliases of its fields are the options.
+        short: other names that options have.
+
+    Raises:
+        UsageError: a value is not valid, or there is none.
+    """
+    given = Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    for option in (str(field.alias) for field in schema.model_fields.values()):
+        names = [option, short[option]] if short and option in short else [option]
+        given.add_argument(*names, dest=option)
+    return validated(schema, vars(given.parse_known_args(list(arguments))[0]))
 
 
 def tell_dry_run(title: str, folder: Path, settings: str, changes: Sequence[str]) -> None:

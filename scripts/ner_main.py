@@ -14,7 +14,7 @@ installed. Exit status: 0 good, 1 the two disagree, 2 wrong use.
 
 import argparse
 import ast
-import importlib.util
+import contextlib
 import json
 import os
 import shutil
@@ -23,11 +23,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+# Before all that takes long to import.
+import interruption  # noqa: F401
+
+# isort: split
+try:
+    import pydantic  # noqa: F401
+
+    import sd_plugin  # noqa: F401
+except ImportError:
+    print("ner_main.py needs sd-plugin and pydantic: pip install '.[demo]'", file=sys.stderr)
+    raise SystemExit(2) from None
 
 import host_launcher
 import ner_data
 import ner_scores
+import run_folder
+from host_launcher import Count, NotNegative, Seed, Share, Size
+from machine_limits import check_fits, memory
+from pydantic import BaseModel, ConfigDict, Field
+from user_input import Number, WholeNumberText, reason_of
 
 from sd_plugin._environment import MODES, VARIABLE, read_switch
 from sd_plugin.errors import UsageError
@@ -59,6 +76,9 @@ _CALLED: dict[str, Fingerprint] = {
 }
 CHECKOUT = replace(targer.CHECKOUT, fingerprints={**targer.CHECKOUT.fingerprints, **_CALLED})
 
+#: What is put into the folder of a run before its first result.
+PREPARED = ("conlleval", "random_vectors.txt", "report.txt")
+
 #: The host's options that name files, which are its working directory's; those of the first line must exist.
 _FILES = (
     *(("--train",), ("--dev",), ("--test",), ("--emb-fn",), ("--load", "-l")),
@@ -72,13 +92,42 @@ _GLOVE = Path("embeddings", "glove.6B.100d.txt")
 # ---------------------------------------------------------------------------------------- the command line
 
 
+class Numbers(BaseModel):
+    """Options that are numbers, most of them the host's, with the defaults that hold here."""
+
+    model_config = ConfigDict(alias_generator=lambda name: f"--{name.replace('_', '-')}")
+
+    sd_recurrent_dropout: Share | None = None
+    gpu: WholeNumberText = -1
+    dropout_ratio: Share = 0.5
+    batch_size: Size = 10
+    emb_dim: Size = 100
+    seed_num: Seed = 42
+    epoch_num: Count = 100
+    min_epoch_num: WholeNumberText = 50
+    patience: WholeNumberText = 15
+    lr: NotNegative = 0.01
+    lr_decay: Number = 0.05
+    momentum: NotNegative = 0.9
+    clip_grad: NotNegative = 5.0
+    rnn_hidden_dim: Size = 100
+    char_embeddings_dim: Size = 25
+    char_cnn_filter_num: Annotated[Size, Field(alias="--char-cnn_filter-num")] = 30
+    char_window_size: Size = 3
+    word_len: Size = 20
+
+    def parameters(self, words: int) -> int:
+        """How many the tagger has at least: of words, characters and the BiLSTM, which reads both."""
+        characters = self.char_embeddings_dim * self.char_cnn_filter_num
+        lstm = 8 * self.rnn_hidden_dim * (self.emb_dim + self.rnn_hidden_dim)
+        return words * self.emb_dim + characters * self.char_window_size + lstm
+
+
 def parser() -> argparse.ArgumentParser:
     """The launcher's options, and those of the host that it has to know."""
     # argparse: typer has no option whose value may be left out, as that of --sd, and the host's own must pass through.
     made = host_launcher.parser("ner_main.py", (__doc__ or "").split("\n\n")[0], CHECKOUT, "--targer-dir")
-    made.add_argument(
-        "--sd-recurrent-dropout", type=float, metavar="P", help="of nr_rh_st (default: as --dropout-ratio)"
-    )
+    made.add_argument("--sd-recurrent-dropout", metavar="P", help="of nr_rh_st (default: as --dropout-ratio)")
     made.add_argument(
         "--data", type=Path, metavar="DIR", help="CoNLL-2003; else the checkout's own, else data/conll2003"
     )
@@ -88,15 +137,33 @@ def parser() -> argparse.ArgumentParser:
     host = made.add_argument_group("options of the original with other defaults, or looked at here")
     for names in _FILES:
         host.add_argument(*names, type=Path, metavar="FILE")
-    host.add_argument("--gpu", type=int, default=-1, metavar="N", help="-1 (default) for the CPU")
+    host.add_argument("--gpu", default="-1", metavar="N", help="-1 (default) for the CPU")
     host.add_argument("--data-io", "-d", default="connl-ner-2003", help=argparse.SUPPRESS)
     host.add_argument("--evaluator", "-v", default="f1-connl", help=argparse.SUPPRESS)
     host.add_argument("--rnn-type", default="LSTM", help=argparse.SUPPRESS)
-    host.add_argument("--dropout-ratio", "-r", type=float, default=0.5, metavar="P")
-    host.add_argument("--batch-size", "-b", type=int, default=10, metavar="N")
-    host.add_argument("--emb-dim", type=int, default=100, metavar="N")
-    host.add_argument("--seed-num", type=int, default=42, metavar="N")
+    host.add_argument("--dropout-ratio", "-r", default="0.5", metavar="P")
+    host.add_argument("--batch-size", "-b", default="10", metavar="N")
+    host.add_argument("--emb-dim", default="100", metavar="N")
+    host.add_argument("--seed-num", default="42", metavar="N")
     return made
+
+
+#: The host's short names of options that it alone knows of :class:`Numbers`.
+_SHORT = {"--epoch-num": "-e", "--min-epoch-num": "-n", "--patience": "-p", "--momentum": "-m"}
+
+
+def read_numbers(options: argparse.Namespace, rest: Sequence[str]) -> Numbers:
+    """The numbers of the command line, which are put into ``options`` where the parser knows them.
+
+    Raises:
+        UsageError: one is not valid.
+    """
+    named = [(name, value) for name, value in vars(options).items() if name in Numbers.model_fields]
+    known = [f"--{name.replace('_', '-')}={value}" for name, value in named if value is not None]
+    numbers = host_launcher.checked_options(Numbers, [*known, *rest], _SHORT)
+    for name, _ in named:
+        setattr(options, name, getattr(numbers, name))
+    return numbers
 
 
 def host_options(program: Path) -> set[str]:
@@ -141,8 +208,6 @@ def check_options(options: argparse.Namespace, rest: Sequence[str], program: Pat
         path = getattr(options, name)
         if path is not None and not os.access(path.resolve().parent, os.W_OK):
             raise UsageError(f"--{name.replace('_', '-')}: {path.resolve().parent} is no folder to write in")
-    if not 0.0 <= options.dropout_ratio < 1.0:
-        raise UsageError(f"--dropout-ratio must be in [0, 1), got {options.dropout_ratio:g}")
     if options.run_dir is not None and (options.run_dir / "epochs.csv").exists():
         raise UsageError(f"--run-dir: {options.run_dir} holds the results of another run")
 
@@ -169,8 +234,7 @@ def check_machine(options: argparse.Namespace) -> None:
     """Raise UsageError where something is missing that the host fails without, only later."""
     if shutil.which("perl") is None:
         raise UsageError("no perl is installed: the original scores with the Perl script conlleval")
-    if importlib.util.find_spec("numpy") is None:
-        raise UsageError("numpy is not installed, which the original needs")
+    host_launcher.check_installed("numpy")
     if options.gpu >= 0:
         import torch
 
@@ -212,13 +276,12 @@ class Run:
         return (self.options.save or self.path / "tagger.hdf5").resolve()
 
     def prepare(self) -> list[str]:
-        """Make the folder of the run, and the host's arguments.
+        """Fill the folder of the run, and make the host's arguments.
 
         Raises:
-            UsageError: it cannot be made.
+            UsageError: it cannot be written.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
             # The host calls it in its working directory.
             shutil.copyfile(self.checkout / "conlleval", self.path / "conlleval")
             vectors = self._word_vectors()
@@ -312,7 +375,9 @@ class Run:
         }
 
 
-def plan(options: argparse.Namespace, rest: list[str], settings: targer.Settings | None, checkout: Path) -> Run:
+def plan(
+    options: argparse.Namespace, numbers: Numbers, rest: list[str], settings: targer.Settings | None, checkout: Path
+) -> Run:
     """A run whose every input has been looked at; nothing is written yet.
 
     Raises:
@@ -327,6 +392,9 @@ def plan(options: argparse.Namespace, rest: list[str], settings: targer.Settings
         needed = options.batch_size if part == "train" else 1
         if count < needed:
             raise UsageError(f"{files[part]} has {count} sentences, and needs {needed} at least")
+    # A gradient for each parameter, and its momentum.
+    needed = 12 * numbers.parameters(len(ner_data.words(files.values())))
+    check_fits(f"--emb-dim {numbers.emb_dim} --rnn-hidden-dim {numbers.rnn_hidden_dim}", needed, memory())
     label = settings.mode if settings else "original"
     path = options.run_dir or Path("run", f"ner_{label}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     return Run(settings, checkout, path.resolve(), options, rest, files)
@@ -335,6 +403,7 @@ def plan(options: argparse.Namespace, rest: list[str], settings: targer.Settings
 def main() -> int:
     """Parse the command line and run the host; the exit status."""
     options, rest = parser().parse_known_args()
+    numbers = read_numbers(options, rest)
     settings = settings_of(options)
     checkout = CHECKOUT.locate(options.folder, os.environ)
     # Nothing may be written into the checkout, compiled modules included.
@@ -343,11 +412,22 @@ def main() -> int:
     os.environ[VARIABLE] = "0" if settings is None else settings.mode
     program = checkout / "main.py"
     if options.sd_dry_run:
+        host_launcher.check_installed("numpy")
         host_launcher.enter_program(program, rest)
         Run(settings, checkout, Path(), options, rest, {}).patch()
         host_launcher.tell_dry_run("targer", checkout, str(settings or "the original"), targer.changes())
         return 0
-    run = plan(options, rest, settings, checkout)
+    run = plan(options, numbers, rest, settings, checkout)
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(run_folder.held(run.path, PREPARED))
+        except OSError as error:
+            raise UsageError(reason_of(error)) from None
+        return train(run, program)
+
+
+def train(run: Run, program: Path) -> int:
+    """Run the host in its folder, and score what it saves; the exit status."""
     arguments = run.prepare()
     os.chdir(run.path)
     from ner_measurement import Log

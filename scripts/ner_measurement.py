@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import run_folder
 import torch
 from ner_data import write_whole
 from torch import Tensor
@@ -182,6 +183,7 @@ class Log:
         self.rows.append(row)
         self._begin()
         write_whole(self.path, self._text())
+        run_folder.has_result(self.path.parent)
 
     def _text(self) -> str:
         text = io.StringIO()

@@ -51,9 +51,17 @@ class Run:
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def resume(self) -> None:
-        """Continue from the folder's checkpoint."""
+        """Continue from the folder's checkpoint.
+
+        Raises:
+            UsageError: there is none that this training can go on from. OSError: a file cannot be read or written.
+        """
         state = self.folder.load(self.identity)
-        self.training.restore(state)
+        try:
+            self.training.restore(state)
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            # Which is this one's first act: nothing was trained or written yet.
+            raise self.folder.broken(str(error) or type(error).__name__) from None
         self.rows = state["log"]
         if self.training.processes.leads:
             # A run that was killed between checkpoint and log left the log a row short.

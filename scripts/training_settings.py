@@ -1,20 +1,31 @@
 """The settings of a language model's training: what a YAML file may say, read and checked."""
 
-import contextlib
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-import yaml
+from plain_yaml import parse_yaml, read_yaml
+from pydantic import AfterValidator, BaseModel, Field, model_validator
+from user_input import STRICT, Number, Text, WholeNumber, shortened, shown, validated
 
 from sd_plugin import UsageError
-from sd_plugin.lstm import MODES
+
+#: Largest float32, which all parameters are, and what is multiplied with them must be.
+FLOAT32_MAX = 3.4028234e38
 
 
-@dataclass(frozen=True)
-class Settings:
+def _path(text: str) -> str:
+    """``text``, if it can be a path."""
+    if "\0" in text or len(text.encode()) > 4095:
+        raise UsageError(f"data must be the path of a folder, got {shown(text)}")
+    return text
+
+
+Count = Annotated[WholeNumber, Field(ge=1)]
+Positive = Annotated[Number, Field(gt=0)]
+
+
+class Settings(BaseModel):
     """One training; all values are plain, and each must be in the file.
 
     Attributes:
@@ -32,36 +43,42 @@ class Settings:
         seed: of the first parameters and of all dropouts.
     """
 
-    data: str
-    mode: str
-    hidden_size: int
-    num_layers: int
-    dropout: float
-    init_range: float
-    batch_size: int
-    sequence_length: int
-    evaluation_batch_size: int
-    epochs: int
-    learning_rate: float
-    learning_rate_decay: float
-    decay_after_epoch: int
-    max_grad_norm: float
-    seed: int
+    model_config = STRICT
+
+    data: Annotated[Text, AfterValidator(_path)]
+    mode: Literal["random", "nr_st", "nr_rh_st"]
+    hidden_size: Count
+    num_layers: Count
+    dropout: Annotated[Number, Field(ge=0, lt=1)]
+    # The width of the range, too, must be a float32.
+    init_range: Annotated[Positive, Field(le=FLOAT32_MAX / 2)]
+    batch_size: Count
+    sequence_length: Count
+    evaluation_batch_size: Count
+    epochs: Count
+    learning_rate: Annotated[Positive, Field(le=FLOAT32_MAX)]
+    learning_rate_decay: Positive
+    decay_after_epoch: Annotated[WholeNumber, Field(ge=0)]
+    max_grad_norm: Positive
+    seed: Annotated[WholeNumber, Field(ge=0)]
 
     def learning_rate_of(self, epoch: int) -> float:
         """The learning rate of an epoch, counted from 1."""
         return self.learning_rate / self.learning_rate_decay ** max(0, epoch - self.decay_after_epoch)
 
-
-_TYPES: dict[str, type] = {field.name: field.type for field in fields(Settings)}  # type: ignore[misc]
-_KINDS = {int: "a whole number", float: "a number", str: "text"}
-#: Number -> what it may be, in words and as a test. What is not here must be positive.
-_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "dropout": ("in [0, 1)", lambda value: 0 <= value < 1),
-    "decay_after_epoch": ("at least 0", lambda value: value >= 0),
-    "seed": ("from 0 to 2**63 - 1", lambda value: 0 <= value < 2**63),
-}
-_POSITIVE = ("positive and finite", lambda value: 0 < value < math.inf)
+    @model_validator(mode="after")
+    def _schedule_stays_in_range(self) -> "Settings":
+        """The last learning rate is the farthest from the first."""
+        try:
+            last = self.learning_rate_of(self.epochs)
+        except ArithmeticError:
+            last = 0.0
+        if not 0 < last <= FLOAT32_MAX:
+            raise UsageError(
+                f"learning_rate_decay {self.learning_rate_decay:g} takes the learning rate out of the range of numbers "
+                f"before epoch {self.epochs}, the last: it must be nearer to 1, or epochs fewer"
+            )
+        return self
 
 
 def read_settings(path: Path, changes: Mapping[str, Any]) -> Settings:
@@ -73,18 +90,10 @@ def read_settings(path: Path, changes: Mapping[str, Any]) -> Settings:
     Raises:
         UsageError: a key is unknown or missing, or a value is none that it may have. OSError: no such file.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    values = read_yaml(path)
     if not isinstance(values, dict):
-        raise UsageError(f"{path} holds no settings (key: value, a line each)")
-    values.update(changes)
-    if unknown := [str(key) for key in values if key not in _TYPES]:
-        raise UsageError(f"{path}: unknown key {', '.join(unknown)}; valid: {', '.join(_TYPES)}")
-    if missing := [key for key in _TYPES if key not in values]:
-        raise UsageError(f"{path}: missing key {', '.join(missing)}")
-    return Settings(**{key: _checked(key, values[key]) for key in _TYPES})
+        raise UsageError(f"{shortened(str(path))} holds no settings (key: value, a line each)")
+    return validated(Settings, {**values, **changes}, f"{shortened(str(path))}: ")
 
 
 def parse_changes(texts: list[str]) -> dict[str, Any]:
@@ -96,28 +105,10 @@ def parse_changes(texts: list[str]) -> dict[str, Any]:
     changes = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        try:
-            changes[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            equals = ""
         if not equals:
-            raise UsageError(f"--set {text}: must be key=value")
+            raise UsageError(f"--set {shortened(text, 100)}: must be key=value")
+        try:
+            changes[key.strip()] = parse_yaml(value)
+        except UsageError as error:
+            raise UsageError(f"--set {shortened(key, 100)}: its value is not YAML: {error}") from None
     return changes
-
-
-def _checked(key: str, value: Any) -> Any:
-    """``value`` in the type of setting ``key``; UsageError if it is none or out of range."""
-    kind = _TYPES[key]
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        # Text too: YAML takes 1e-3 for text, as it wants 1.0e-3.
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UsageError(f"{key} must be {_KINDS[kind]}, got {value!r}")
-    if key == "mode" and value not in MODES:
-        raise UsageError(f"unknown mode {value!r}; choose one of {', '.join(MODES)}")
-    if kind is not str:
-        words, is_valid = _RANGES.get(key, _POSITIVE)
-        if not is_valid(value):
-            raise UsageError(f"{key} must be {words}, got {value}")
-    return value

@@ -7,18 +7,20 @@ after it and again on resuming, so that the two agree.
 
 import contextlib
 import csv
-import fcntl
 import io
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import run_folder
 import torch
 from corpus_files import sync
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
+from user_input import in_one_line, shortened, shown
 
 from sd_plugin import UsageError
 
@@ -26,6 +28,45 @@ from sd_plugin import UsageError
 FORMAT = 1
 #: What a checkpoint holds: ``identity`` says which training it is of; only tensors and plain values are anywhere in it.
 KEYS = ("format", "identity", "epoch", "model", "optimizer", "random", "log")
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Row(BaseModel):
+    """One epoch in the log."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: str
+    mode: str
+    seed: int
+    epoch: int
+    epochs: int
+    learning_rate: Finite
+    train_perplexity: Finite
+    valid_perplexity: Finite
+    seconds: Finite
+    words_per_second: Finite
+    skipped: Finite
+
+
+class Checkpoint(BaseModel):
+    """What is in a checkpoint, as far as that can be said without the training that it is of."""
+
+    model_config = ConfigDict(strict=True, arbitrary_types_allowed=True)
+
+    identity: dict[str, str | int | float]
+    epoch: Annotated[int, Field(ge=1)]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    random: list[dict[str, Tensor]]
+    log: list[Row]
+
+    @model_validator(mode="after")
+    def _log_is_of_all_epochs(self) -> "Checkpoint":
+        if [row.epoch for row in self.log] != list(range(1, self.epoch + 1)):
+            raise ValueError(f"its log is not that of {self.epoch} epochs")
+        return self
 
 
 class RunFolder:
@@ -67,25 +108,10 @@ class RunFolder:
         if not writes:
             yield
             return
-        is_new = not self.path.exists()
-        self.path.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{self.path} is in use by another run") from None
+        with run_folder.held(self.path):
             # Whoever held it before may have left something.
             self.check(resume)
-            # Better now than after the first epoch.
-            tempfile.TemporaryFile(dir=self.path).close()
             yield
-        finally:
-            if is_new:
-                # Unless something is in it.
-                with contextlib.suppress(OSError):
-                    self.path.rmdir()
-            os.close(descriptor)
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint, then the log.
@@ -99,6 +125,7 @@ class RunFolder:
         content = io.BytesIO()
         torch.save({"format": FORMAT, **state}, content)
         write_whole(self.checkpoint, content.getbuffer())
+        run_folder.has_result(self.path)
         self.write_log(state["log"])
 
     def write_log(self, rows: list[dict[str, Any]]) -> None:
@@ -123,14 +150,50 @@ class RunFolder:
             UsageError: it is damaged, no checkpoint of ours, or of another training. OSError: it cannot be read.
         """
         state = _read(self.checkpoint)
-        if not isinstance(state, dict) or any(key not in state for key in KEYS) or state["format"] != FORMAT:
+        is_ours = isinstance(state, dict) and all(key in state for key in KEYS)
+        if not is_ours or not isinstance(state["format"], int) or state["format"] != FORMAT:
             raise UsageError(f"{self.checkpoint} is no checkpoint of this program; it was left as it is")
+        try:
+            Checkpoint.model_validate(state)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = "".join(f"{part}: " for part in first["loc"])
+            raise self.broken(place + first["msg"].removeprefix("Value error, ")) from None
         if differing := _differences(state["identity"], identity):
             raise UsageError(
                 f"{self.checkpoint} is of another training: {differing}; "
                 "run it with the same settings, or give another folder with --out"
             )
         return state
+
+    def broken(self, reason: str) -> UsageError:
+        """The error to raise if a checkpoint, whole as it is, does not hold what it must."""
+        return UsageError(
+            f"{self.checkpoint} is broken ({in_one_line(reason, 200)}); "
+            "it was left as it is: move it away, or put a good copy there"
+        )
+
+
+def fault_of(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with tensors that ought to be like others by name, shape and dtype, and finite; None if nothing."""
+    if missing := [name for name in expected if name not in found]:
+        return f"{missing[0]} is missing"
+    for name, tensor in found.items():
+        if name not in expected:
+            return f"{shown(name)} is unknown"
+        kind, wanted = _kind(tensor), _kind(expected[name])
+        if kind != wanted:
+            return f"{name} is {kind}, and must be {wanted}"
+        if not tensor.isfinite().all():
+            return f"{name} holds values that are not finite"
+    return None
+
+
+def _kind(tensor: Tensor) -> str:
+    """Dtype and shape; and how it is stored, if not as all of ours are."""
+    is_ordinary = tensor.layout == torch.strided and not tensor.is_meta
+    stored = "" if is_ordinary else f" ({tensor.layout}, {tensor.device})"
+    return f"{tensor.dtype}{list(tensor.shape)}{stored}".removeprefix("torch.")
 
 
 def _read(path: Path) -> Any:
@@ -145,14 +208,18 @@ def _read(path: Path) -> Any:
             return torch.load(content, map_location="cpu", weights_only=True)
         reason = f"{damaged} has another checksum"
     except Exception as error:  # whatever a reader makes of broken bytes
-        reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+        reason = shortened(str(error).partition(". ")[0].partition("\n")[0], 200) or type(error).__name__
     raise UsageError(f"{path} is damaged ({reason}); it was left as it is: move it away, or put a good copy there")
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The keys in which two identities differ, with both values."""
     keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
-    return ", ".join(f"{key} was {was.get(key)} and is {now.get(key)}" for key in keys)
+    return ", ".join(f"{shortened(key, 60)} was {_told(was.get(key))} and is {_told(now.get(key))}" for key in keys)
+
+
+def _told(value: object) -> str:
+    return shortened(str(value), 60)
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -169,8 +236,10 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         # Not before the bytes are on the disk: else a power cut could leave the new name with nothing in it.
         os.replace(partial, path)
-    except OSError as error:
+    except BaseException as error:  # an interruption, too
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     sync(path.parent)

@@ -16,34 +16,43 @@ Several processes share the columns of a batch and average their gradients. Stru
 the whole batch, so all of them draw the same patterns, and N processes train as one would, to rounding. Random dropout
 is each process's own, or columns of different processes would lose the same units.
 
-Exit status: 0 done, 1 the loss is no longer finite, 2 wrong use or a file that cannot be read or written.
+A model that this machine cannot hold is refused, a checkpoint that is not whole is left as it is.
+
+Exit status: 0 done, 1 the loss is no longer finite, 2 wrong use or a file that cannot be read or written, 130
+interrupted.
 """
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+# Before all that takes long to import.
+import interruption
+
+# isort: split
 try:
     # Not all are used here, but all in the files beside this one.
+    import pydantic  # noqa: F401
     import rich  # noqa: F401
     import typer
     import yaml  # noqa: F401
 
     import sd_plugin  # noqa: F401
 except ImportError:
-    print("zaremba_main.py needs sd-plugin, typer, rich and PyYAML: pip install '.[demo]'", file=sys.stderr)
+    print("zaremba_main.py needs sd-plugin, pydantic, typer, rich and PyYAML: pip install '.[demo]'", file=sys.stderr)
     raise SystemExit(2) from None
 
 import torch
-from data_parallel import Processes, joined
+from data_parallel import Processes, Variables, joined
 from language_model_data import Corpus, columns, read_corpus, sequences
+from machine_limits import check_fits, memory, processors
 from torch import Tensor, nn
 from training_display import EpochDisplay, perplexity
 from training_run import DivergenceError, Run, say, warn
 from training_settings import Settings, parse_changes, read_settings
-from training_state import RunFolder
+from training_state import RunFolder, fault_of
+from user_input import reason_of, run_app, shown
 
 from sd_plugin import (
     FusedCrossEntropyLoss,
@@ -124,6 +133,7 @@ class Training:
         self.steps = (len(self.text["train"]) - 1) // settings.sequence_length
         if self.steps == 0:
             raise UsageError(f"train has too few words for {settings.batch_size} columns of sequence_length + 1")
+        self._check_memory()
         torch.manual_seed(settings.seed)
         self.model = LanguageModel(self.vocabulary, settings).to(processes.device)
         if settings.mode == "random" and processes.rank > 0:
@@ -132,6 +142,22 @@ class Training:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=settings.learning_rate)
         self.parallel = processes.wrap(self.model)
         self.epoch = 0
+
+    def _check_memory(self) -> None:
+        """Raise UsageError if the model and its largest step cannot be held."""
+        hidden, layers, vocabulary = self.settings.hidden_size, self.settings.num_layers, self.vocabulary
+        parameters = layers * 8 * hidden * (hidden + 1) + (2 * hidden + 1) * vocabulary
+        name = f"a model with hidden_size {hidden} and num_layers {layers}"
+        # All that is kept of a layer beside its parameters is some Python objects, of 4 KiB at least.
+        check_fits(name, 4 * parameters + 4096 * layers, memory())
+        if self.processes.device.type == "cuda":
+            available, where = torch.cuda.get_device_properties(self.processes.device).total_memory, "this GPU"
+        else:
+            available, where = memory(), "this machine"
+        words = max(min(self.settings.sequence_length, len(text) - 1) * text.shape[1] for text in self.text.values())
+        # A gradient for each parameter, and scores of all words of the vocabulary at each word of a step.
+        needed = 4 * (2 * parameters + words * vocabulary)
+        check_fits(f"{name}, its gradients and a step of {words:,} words", needed, available, where)
 
     def train(self, display: EpochDisplay) -> float:
         """Train for the next epoch; its perplexity."""
@@ -187,33 +213,69 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs to go on exactly: only tensors and plain values. All processes must call it."""
-        device = self.processes.device
-        random = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(device)
         return {
             "epoch": self.epoch,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "random": self.processes.gather(random),
+            "random": self.processes.gather(self._random()),
         }
 
+    def _random(self) -> dict[str, Tensor]:
+        """The states of this process's generators, uint8."""
+        device = self.processes.device
+        states = {"cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(device)
+        return states
+
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Go on from what :meth:`state` gave.
+
+        Raises:
+            ValueError and others: it does not hold what it must, in words; this training can then no longer be used.
+        """
+        if fault := fault_of(state["model"], self.model.state_dict()):
+            raise ValueError(f"model: {fault}")
+        if fault := self._optimizer_fault(state["optimizer"]):
+            raise ValueError(f"optimizer: {fault}")
+        if len(state["random"]) != self.processes.count:
+            raise ValueError(f"random: of {len(state['random'])} processes, and must be of {self.processes.count}")
+        random = state["random"][self.processes.rank]
+        if fault := fault_of(random, self._random()):
+            raise ValueError(f"random: {fault}")
         self.epoch = state["epoch"]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        random = state["random"][self.processes.rank]
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.processes.device)
 
+    def _optimizer_fault(self, state: dict[str, Any]) -> str | None:
+        """How the state of an optimizer differs from this one's, in anything but the learning rate."""
+        groups, ours = state.get("param_groups"), self.optimizer.state_dict()["param_groups"]
+        if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+            return "it has no param_groups"
+        if len(groups) != len(ours):
+            return f"it has {len(groups)} param_groups"
+        for group, our in zip(groups, ours, strict=True):
+            # Another version of torch may have other options, which are None or False if we do not use them.
+            for key in {**group, **our}.keys() - {"lr"}:
+                value = group.get(key)
+                if type(value) not in (int, float, bool, list, type(None)) or (value or None) != (our.get(key) or None):
+                    return f"{shown(key)} is {shown(value)}, and must be {shown(our.get(key))}"
+        # SGD without momentum remembers nothing; some versions say so for each parameter.
+        entries = state.get("state")
+        if not isinstance(entries, dict) or any(
+            entry not in ({}, {"momentum_buffer": None}) for entry in entries.values()
+        ):
+            return "it has a state, which SGD without momentum has not"
+        return None
+
 
 def identity_of(settings: Settings, corpus: Corpus, processes: Processes) -> dict[str, Any]:
     """What must be equal for a training to be the same one: all that has a part in its numbers."""
-    identity = dataclasses.asdict(settings)
     # When to stop changes no epoch before, and the text may have been moved.
-    del identity["epochs"], identity["data"]
+    identity = settings.model_dump(exclude={"epochs", "data"})
     return {**identity, "text": corpus.digest()[:16], "processes": processes.count, "device": processes.device.type}
 
 
@@ -232,6 +294,10 @@ def train_and_test(
     run = Run(name, training, folder, identity_of(settings, corpus, processes))
     if resume:
         run.resume()
+    if training.epoch > stop:
+        if processes.leads:
+            say(f"nothing to do: {folder.checkpoint} is of epoch {training.epoch}, and epoch {stop} is to be the last")
+        return
     if processes.leads:
         if corpus.note:
             warn(f"note: {corpus.note}")
@@ -240,20 +306,28 @@ def train_and_test(
             f"{name}, {settings.mode}: {parameters:,} parameters, {training.vocabulary:,} words, "
             f"{training.steps:,} steps an epoch; {processes.device}, {torch.get_num_threads()} threads"
             + (f"; resumed after epoch {training.epoch}" if resume else "")
+            + (", the last" if training.epoch == stop else "")
         )
     while training.epoch < stop:
         run.epoch(stop)
     run.finish()
 
 
-def _fail(reason: object, status: int) -> typer.Exit:
+def _fail(reason: BaseException | str, status: int) -> typer.Exit:
     """Print one line of what went wrong; the exit to raise."""
     # Of several processes, which meet the same error, one says it.
-    if os.environ.get("RANK", "0") == "0":
-        if isinstance(reason, OSError) and reason.strerror:
-            reason = f"{reason.filename}: {reason.strerror}" if reason.filename else reason.strerror
-        warn(f"error: {reason}")
+    try:
+        leads = Variables.read().RANK == 0
+    except UsageError:
+        leads = True
+    if leads:
+        warn(f"error: {reason if isinstance(reason, str) else reason_of(reason)}")
     return typer.Exit(status)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch has no class for it on a CPU."""
+    return isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -279,7 +353,9 @@ def main(
     ] = None,
 ) -> None:
     """Train a language model with structured dropout, and measure its perplexity."""
+    folder = None
     try:
+        interruption.is_raised()
         if read_switch(os.environ).replaces("torch"):
             # Mode random, the baseline, would be structured without a word.
             raise UsageError(f"{TARGETS_VARIABLE} names torch, and {VARIABLE} would patch this program: unset it")
@@ -288,11 +364,14 @@ def main(
         settings = read_settings(config, {**parse_changes(changes or []), **named})
         stop = settings.epochs if epochs is None else epochs
         if stop > settings.epochs:
+            told = shown(stop)
             raise UsageError(
-                f"--epochs {epochs}: the schedule ends after {settings.epochs}; --set epochs={epochs} extends it"
+                f"--epochs {told}: the schedule ends after {settings.epochs}; --set epochs={told} extends it"
             )
         folder = RunFolder(out or Path("run") / f"{config.stem}_{settings.mode}")
         if threads is not None:
+            if threads > processors():
+                raise UsageError(f"--threads {shown(threads)}: this machine has {processors()} processors")
             torch.set_num_threads(threads)
         with joined(device) as processes, folder.held(resume, processes.leads):
             train_and_test(settings, config.stem, folder, resume, stop, processes)
@@ -300,9 +379,16 @@ def main(
         raise _fail(error, 2) from None
     except DivergenceError as error:
         raise _fail(error, 1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise _fail(f"out of memory: {reason_of(error)}", 2) from None
     except KeyboardInterrupt:
-        raise _fail("interrupted; --resume continues after the last finished epoch", 130) from None
+        interruption.is_over()
+        saved = folder is not None and folder.checkpoint.exists()
+        kept = "--resume continues after the last finished epoch" if saved else "no epoch was finished"
+        raise _fail(f"interrupted; {kept}", interruption.STATUS) from None
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, "zaremba_main.py")

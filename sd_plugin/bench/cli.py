@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,8 @@ from .registry import HOSTS, WORKLOADS
 #: Width of tables where the output is not a terminal; no cell is broken at it.
 _WIDTH = 200
 INTERRUPTED = 130
+#: Longest message of typer that is shown whole: it quotes what was given.
+_MESSAGE = 300
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -66,10 +69,10 @@ def bench(
         columns=_chosen("--columns", columns, COLUMNS),
         device=_device(device),
         precisions=_precisions(precision, device),
-        threads=_at_least("--threads", torch.get_num_threads() if threads is None else threads, 1),
+        threads=torch.get_num_threads() if threads is None else _threads(threads),
         repeats=_at_least("--repeats", repeats, 1),
         warmup=_at_least("--warmup", warmup, 0),
-        seed=_at_least("--seed", seed, 0),
+        seed=_at_most("--seed", _at_least("--seed", seed, 0), 2**63 - 1),
         memory=memory,
         phases=phases,
         sweeps=sweeps,
@@ -92,6 +95,18 @@ def _at_least(option: str, value: int, least: int) -> int:
     if value < least:
         raise UsageError(f"{option} must be at least {least}, got {value}")
     return value
+
+
+def _at_most(option: str, value: int, most: int) -> int:
+    if value > most:
+        # Thousands of digits are no better than some.
+        raise UsageError(f"{option} must be at most {most}, got {str(value)[:30]}{'...' * (value >= 10**30)}")
+    return value
+
+
+def _threads(value: int) -> int:
+    # With more than the system gives a process, OpenMP ends in a segmentation fault.
+    return _at_most("--threads", _at_least("--threads", value, 1), os.cpu_count() or 1)
 
 
 def _chosen(option: str, given: Sequence[str] | None, valid: Iterable[str]) -> list[str]:
@@ -206,5 +221,6 @@ def run(argv: Sequence[str]) -> int:
     except Exception as error:
         # typer's own complaints, whichever class its version gives them.
         if hasattr(error, "format_message"):
-            raise UsageError(" ".join(error.format_message().split())) from None
+            text = " ".join(error.format_message().split())
+            raise UsageError(text if len(text) <= _MESSAGE else f"{text[: _MESSAGE - 60]} ... {text[-50:]}") from None
         raise

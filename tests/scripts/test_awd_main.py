@@ -5,6 +5,8 @@ The host itself is run in tests/hosts/test_awd_lstm.py.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -14,10 +16,16 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+
+# Without it the script ends at once, and would end pytest.
+pytest.importorskip("pydantic")
+import awd_main
+import host_launcher
 
 ROOT = Path(__file__).resolve().parents[2]
 STANDIN = ROOT / "tests" / "patches" / "standins" / "awd_lstm"
@@ -31,7 +39,7 @@ Done = subprocess.CompletedProcess[str]
 #: Importing torch takes longer than all that a program does here, so a process that has done that forks for each.
 FORKS = """
 import json, os, runpy, signal, sys
-import numpy, torch, torch._dynamo
+import numpy, pydantic, torch, torch._dynamo
 for line in sys.stdin:
     task = json.loads(line)
     if os.fork() == 0:
@@ -280,7 +288,7 @@ def test_a_dry_run_prints_what_would_be_patched_and_changes_nothing(tmp_path: Pa
 def test_arguments_and_exit_status_are_the_programs_own(checkout: Path, work: Path, run: Forks) -> None:
     code = "import sys, utils\nprint(__name__, __file__, *sys.argv, utils.__file__, sep='|')\nsys.exit(7)\n"
     (checkout / "main.py").write_text(code)
-    own = ["--when", "2", "3", "--lr=-1", "--save", "a b.pt", "--frobnicate"]
+    own = ["--when", "2", "3", "--lr=0.1", "--save", "a b.pt", "--frobnicate"]
     done = run("--sd", "--awd-dir", checkout, *own, "--cuda", cwd=work, status=7)
     program = str(checkout / "main.py")
     expected = ["__main__", program, program, *own, "--cuda", "--data", "data/penn", str(checkout / "utils.py")]
@@ -298,11 +306,23 @@ def test_without_a_gpu_the_host_is_told_so(work: Path, run: Forks) -> None:
 
 
 def refused(*arguments: object, cwd: Path, **changes: str) -> str:
-    before = sorted(cwd.rglob("*"))
-    done = launch(*arguments, cwd=cwd, **changes)
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    """What the launcher says, in this process: nothing of the host runs."""
+    before, here = sorted(cwd.rglob("*")), Path.cwd()
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.dict(os.environ, environ(**changes), clear=True),
+        mock.patch.object(sys, "argv", [str(LAUNCHER), *map(str, arguments)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        os.chdir(cwd)
+        try:
+            status = host_launcher.told_in_one_line(awd_main.main)
+        finally:
+            os.chdir(here)
+    assert status == 2, err.getvalue()
+    assert out.getvalue() == ""
+    (line,) = err.getvalue().splitlines()
     assert line.startswith("error: ")
     assert sorted(cwd.rglob("*")) == before
     return line
@@ -326,13 +346,50 @@ def refused(*arguments: object, cwd: Path, **changes: str) -> str:
         (["--script", "generate", "--checkpoint", "none.pt"], "there is no none.pt: give --checkpoint FILE"),
         (["--script", "pointer"], "there is no best.pt: give --save FILE"),
         (["--script", "generate", "--checkpoint", "data/penn/test.txt", "--outf", "none/x"], "none is no folder to"),
+        # What the host would run into later, or never come out of.
+        (["--batch_size", "0"], "--batch_size must be a whole number from 1 to 2**63 - 1, got '0'"),
+        (["--batch", "-3"], "--batch_size must be a whole number from 1 to 2**63 - 1, got '-3'"),
+        (["--batch_size", "1000"], "data/penn/train.txt has too few words to be read in 1000 columns"),
+        (["--batch_size", "1000000000"], "data/penn/train.txt has too few words to be read in 1000000000 columns"),
+        (["--bptt=0"], "--bptt must be a whole number from 1 to 2**63 - 1, got '0'"),
+        (["--script=pointer", "--bptt=0"], "--bptt must be a whole number from 1 to 2**63 - 1, got '0'"),
+        (["--emsize", "9" * 5000], "--emsize must be a whole number from 1 to 2**63 - 1, got '999"),
+        (
+            ["--nhid", "1000000000"],
+            "--emsize 400 --nhid 1000000000 --nlayers 3 needs 8.94e+10 GiB, and this",
+        ),
+        (["--dropouth", "1"], "--dropouth must be a finite number of at least 0 and below 1, got '1'"),
+        (["--wdrop", "nan"], "--wdrop must be a finite number from 0 to 1, got 'nan'"),
+        (["--seed", "-1"], "--seed must be a whole number from 0 to 2**32 - 1, got '-1'"),
+        (["--log-interval=0"], "--log-interval must be a whole number from 1 to 2**63 - 1, got '0'"),
+        (["--optimizer=none"], "--optimizer must be one of sgd, adam, got 'none'"),
+        (["--lr"], "argument --lr: expected one argument"),
+        (["--sd-case"], "argument --sd-case: expected one argument"),
     ],
 )
 def test_wrong_use(work: Path, arguments: list[str], told: str) -> None:
     assert told in refused("--awd-dir", STANDIN, "--cuda", *arguments, cwd=work)
 
 
-def test_a_folder_in_the_place_of_the_checkpoint(work: Path, run: Forks) -> None:
+@pytest.mark.parametrize("arguments", [["--sd-dry-run"], ["--cuda"]])
+def test_numpy_is_needed(work: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    said = refused("--awd-dir", STANDIN, *arguments, cwd=work)
+    assert said == "error: numpy is not installed, which the original needs"
+
+
+@pytest.mark.parametrize("script", ["awd_main", "ner_main"])
+@pytest.mark.parametrize("module", ["pydantic", "sd_plugin"])
+def test_what_it_needs_is_said_in_a_line(without, script: str, module: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**without(module), "PYTHONHASHSEED": "0"}
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"{script}.py needs sd-plugin and pydantic: pip install '.[demo]'\n"
+
+
+def test_a_folder_in_the_place_of_the_checkpoint(work: Path) -> None:
     (work / "model.pt").mkdir()
     assert "model.pt" in refused("--awd-dir", STANDIN, "--cuda", "--epochs", 1, "--save", "model.pt", cwd=work)
 
@@ -434,9 +491,6 @@ SplitCrossEntropyLoss.__getstate__ = _slowly
 @pytest.fixture
 def text_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
     """``host_launcher.text_folder`` for the names of this host, with a cache folder of its own."""
-    import awd_main
-    import host_launcher
-
     monkeypatch.setenv("SD_PLUGIN_CACHE", str(tmp_path / "cache"))
     return lambda folder: host_launcher.text_folder(folder, awd_main.CORPUS)
 

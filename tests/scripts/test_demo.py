@@ -14,6 +14,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("yaml")
 import demo
+from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,6 +92,14 @@ def test_what_it_needs_is_said_in_a_line(without, module: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=without(module))
     assert done.returncode == 2
     assert done.stderr == "demo.py needs typer, rich and PyYAML: pip install '.[demo]'\n"
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "101"])
+def test_bleu_that_there_is_not(
+    value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "demo", lambda *_: pytest.fail("it must not start"))
+    assert CliRunner().invoke(demo.app, [f"--min-bleu={value}"]).exit_code == 2
 
 
 @pytest.mark.hosts

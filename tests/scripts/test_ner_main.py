@@ -14,10 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
+# Without it the scripts end at once, and would end pytest.
+pytest.importorskip("pydantic")
+import host_launcher
 import ner_data
 import ner_main
 import ner_scores
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -414,6 +418,8 @@ def test_damaged_model_is_one_line(launch: Launch, tmp_path: Path) -> None:
     done = launch("--load=model", "--epoch-num=0")
     assert done.returncode == 2
     assert re.match(r"error: .*model is damaged, or no file of targer", done.stderr.splitlines()[-1])
+    # What was prepared is no result: the folder that was made for it is gone.
+    assert os.listdir(tmp_path / "here") == ["model"]
 
 
 def test_dry_run_tells_and_writes_nothing(launch: Launch, tmp_path: Path, checkout: Path) -> None:
@@ -434,6 +440,35 @@ def test_options_of_the_dropout(launch: Launch) -> None:
     options = ("--sd-case=IV", "--sd-recurrent-dropout=0.25", "--sd-dry-run")
     first = launch("--sd", *options).stdout.splitlines()[0]
     assert "mode nr_rh_st, case IV" in first and "recurrent dropout: 0.25" in first
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, checkout: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What ``ner_main.py`` says when it refuses, run in this process, since nothing of the host runs."""
+    (tmp_path / "here").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "dont_write_bytecode", sys.dont_write_bytecode)
+    monkeypatch.setattr(ner_main.shutil, "which", lambda name: f"/bin/{name}")
+    for name in [name for name in os.environ if name.startswith(("SD_PLUGIN", "TARGER"))]:
+        monkeypatch.delenv(name)
+    # What the program itself sets is taken away again.
+    monkeypatch.setenv("SD_PLUGIN", "")
+    monkeypatch.delenv("SD_PLUGIN")
+
+    def run(*arguments: object) -> str:
+        given = [f"--targer-dir={checkout}", *map(str, arguments)]
+        if not any(argument.startswith("--data") for argument in given):
+            given.append(f"--data={data}")
+        monkeypatch.setattr(sys, "argv", ["ner_main.py", *given])
+        status = host_launcher.told_in_one_line(ner_main.main)
+        out, err = capsys.readouterr()
+        assert (status, out) == (2, ""), err
+        (line,) = err.splitlines()
+        return line
+
+    return run
 
 
 def fails(done: subprocess.CompletedProcess[str]) -> str:
@@ -462,13 +497,33 @@ def fails(done: subprocess.CompletedProcess[str]) -> str:
         (["--emb-fn=nowhere.txt"], "--emb-fn: there is no file nowhere.txt"),
         (["-l", "nowhere.hdf5"], "--load: there is no file nowhere.hdf5"),
         (["--save=nowhere/model"], "--save: .*nowhere is no folder to write in"),
-        (["--dropout-ratio=1"], r"--dropout-ratio must be in \[0, 1\), got 1"),
+        (["--dropout-ratio=1"], "--dropout-ratio must be a finite number of at least 0 and below 1, got '1'"),
         (["--batch-size=100"], r"train\.txt has 40 sentences, and needs 100 at least"),
         (["--gpu=99"], "--gpu 99: torch sees [0-9]+ GPUs here"),
+        # What the host would run into later, or never come out of.
+        (["--batch-size=0"], r"--batch-size must be a whole number from 1 to 2\*\*63 - 1, got '0'"),
+        (["-b", "-3"], r"--batch-size must be a whole number from 1 to 2\*\*63 - 1, got '-3'"),
+        (
+            ["--batch-size", "9" * 5000],
+            r"--batch-size must be a whole number from 1 to 2\*\*63 - 1, got '9{20,40}\.",
+        ),
+        (["--emb-dim=0"], r"--emb-dim must be a whole number from 1 to 2\*\*63 - 1, got '0'"),
+        (["--emb-dim=-1"], r"--emb-dim must be a whole number from 1 to 2\*\*63 - 1, got '-1'"),
+        (
+            ["--emb-dim=1000000000000"],
+            "--emb-dim 1000000000000 --rnn-hidden-dim 100 needs .* GiB, and this",
+        ),
+        (["--seed-num=-1"], r"--seed-num must be a whole number from 0 to 2\*\*32 - 1, got '-1'"),
+        (["-e-1"], r"--epoch-num must be a whole number from 0 to 2\*\*63 - 1, got '-1'"),
+        (["--dropout-ratio=nan"], "--dropout-ratio must be a finite number of at least 0 and below 1, got 'nan'"),
+        (["--sd", "--sd-recurrent-dropout=x"], "--sd-recurrent-dropout must be a finite number .*, got 'x'"),
+        (["--batch-size"], "argument --batch-size/-b: expected one argument"),
     ],
 )
-def test_wrong_use_is_one_line(launch: Launch, tmp_path: Path, arguments: list[str], told: str) -> None:
-    assert re.search(told, fails(launch(*arguments)))
+def test_wrong_use_is_one_line(refused: Callable[..., str], tmp_path: Path, arguments: list[str], told: str) -> None:
+    line = refused(*arguments)
+    assert re.search(told, line)
+    assert len(line) < 400
     assert not list((tmp_path / "here").iterdir())
 
 
@@ -493,16 +548,23 @@ def test_someone_elses_code(launch: Launch, tmp_path: Path, name: str, old: str,
     assert f"{name} is not that of targer" in line and told in line
 
 
-def test_results_are_not_overwritten(launch: Launch, tmp_path: Path) -> None:
+def test_results_are_not_overwritten(refused: Callable[..., str], tmp_path: Path) -> None:
     folder = tmp_path / "here" / "old"
     folder.mkdir()
     (folder / "epochs.csv").write_text("precious")
-    assert "--run-dir: old holds the results of another run" in fails(launch("--run-dir=old"))
+    assert "--run-dir: old holds the results of another run" in refused("--run-dir=old")
     assert (folder / "epochs.csv").read_text() == "precious"
 
 
-def test_no_perl(launch: Launch, tmp_path: Path) -> None:
-    assert "no perl is installed" in fails(launch(PATH=str(tmp_path)))
+def test_no_perl(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ner_main.shutil, "which", lambda name: None)
+    assert "no perl is installed" in refused()
+
+
+@pytest.mark.parametrize("arguments", [["--sd-dry-run"], []])
+def test_no_numpy(refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert refused(*arguments) == "error: numpy is not installed, which the original needs"
 
 
 def test_environment_and_command_line_disagree(launch: Launch) -> None:

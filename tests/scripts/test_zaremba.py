@@ -302,15 +302,16 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def killed(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """For each kill a folder where it was resumed, and beside it a copy of what the kill had left."""
+    """For each kill a folder where it was resumed, and in ``left`` a copy of what the kill had left."""
     folder, steps = tmp_path_factory.mktemp("killed"), []
+    left = folder / "left"
     for name, (function, count, _) in KILLS.items():
         out = folder / name
-        copy = [str(out), f"{out}, left"]
+        copy = [str(out), str(left / name)]
         steps.append([{"arguments": arguments(out), "kill": [function, count], "copy": copy}])
         steps.append([{"arguments": arguments(out, "--resume")}])
     out = folder / "first"
-    steps.append([{"arguments": arguments(out), "kill": ["fsync", 1], "copy": [str(out), f"{out}, left"]}])
+    steps.append([{"arguments": arguments(out), "kill": ["fsync", 1], "copy": [str(out), str(left / "first")]}])
     steps.append([{"arguments": arguments(out, "--resume")}])
     steps.append([{"arguments": arguments(out)}])
     results = jobs(steps)
@@ -322,7 +323,7 @@ def killed(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPat
 class TestKilled:
     @pytest.mark.parametrize("kill", KILLS)
     def test_files_are_whole(self, killed: Path, kill: str) -> None:
-        left = killed / f"{kill}, left"
+        left = killed / "left" / kill
         state, rows = checkpoint(left), log(left)
         assert state["epoch"] == KILLS[kill][2]
         # The log may lack the row of an epoch that was just saved, and never has a part of one.
@@ -336,7 +337,7 @@ class TestKilled:
 
     def test_before_the_first_checkpoint(self, killed: Path, whole) -> None:
         """There is nothing to resume, and nothing in the way of starting again."""
-        assert os.listdir(killed / "first, left") == [".checkpoint.pt.partial"]
+        assert sorted(os.listdir(killed / "left" / "first")) == [".checkpoint.pt.partial", ".no-result-yet"]
         assert_same(killed / "first", whole("nr_rh_st"))
 
 
@@ -346,7 +347,10 @@ def test_log_follows_the_checkpoint(whole, zaremba, tmp_path: Path) -> None:
     shutil.copytree(whole("nr_rh_st"), out)
     (out / "log.csv").write_text("".join((out / "log.csv").read_text().splitlines(keepends=True)[:2]) + "zaremba_me")
     (out / ".checkpoint.pt.partial").write_bytes(b"half of a check")
-    zaremba(out, "--resume", "--epochs", 1)
+    before = (out / "checkpoint.pt").read_bytes(), (out / "result.json").read_bytes()
+    done = zaremba(out, "--resume", "--epochs", 1)
+    assert done.stdout == f"nothing to do: {out / 'checkpoint.pt'} is of epoch 3, and epoch 1 is to be the last\n"
+    assert ((out / "checkpoint.pt").read_bytes(), (out / "result.json").read_bytes()) == before
     assert_same(out, whole("nr_rh_st"))
 
 
@@ -442,9 +446,10 @@ class TestCurves:
         logs = [whole(mode) / "log.csv" for mode in MODES]
         shortened = tmp_path / "shortened.csv"
         shortened.write_text("".join(logs[0].read_text().splitlines(keepends=True)[:3]).replace("_medium", "_large"))
-        done = self.draw(*logs, shortened, "--out", tmp_path / "new" / "curves.svg")
-        assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'new' / 'curves.svg'}\n"), done.stderr
-        figure = (tmp_path / "new" / "curves.svg").read_text()
+        done = self.draw(*logs, shortened, "--out", tmp_path / "curves.svg")
+        assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'curves.svg'}\n"), done.stderr
+        assert sorted(os.listdir(tmp_path)) == ["curves.svg", "shortened.csv"]
+        figure = (tmp_path / "curves.svg").read_text()
         for mode, name in zip(MODES, ("NR+Random", "NR+ST", "NR+RH+ST"), strict=True):
             assert f">{name}: {float(log(whole(mode))[-1]['valid_perplexity']):.2f}<" in figure
         assert ">Zaremba medium<" in figure and ">Zaremba large<" in figure
@@ -454,6 +459,13 @@ class TestCurves:
         done = self.draw(whole("nr_st") / "log.csv", "--out", tmp_path / "curves.png")
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_no_folder_is_made(self, tmp_path: Path) -> None:
+        done = self.draw(tmp_path / "x.csv", "--out", tmp_path / "new" / "folder" / "curves.svg")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("learning_curves.py: --out ")
+        assert done.stderr.endswith(f"curves.svg: there is no folder {tmp_path / 'new' / 'folder'}\n")
+        assert os.listdir(tmp_path) == []
 
     def test_what_is_no_log(self, tmp_path: Path) -> None:
         (tmp_path / "x.csv").write_text("a,b\n1,2\n")

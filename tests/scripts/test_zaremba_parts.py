@@ -6,10 +6,12 @@ import fcntl
 import io
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +23,7 @@ import torch
 import training_display
 import training_state
 import zaremba_main
+from data_parallel import Variables
 from language_model_data import columns, read_corpus, sequences
 from rich.console import Console
 from training_settings import Settings, read_settings
@@ -84,28 +87,59 @@ def test_schedules_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("mode=nr_sd", "unknown mode 'nr_sd'; choose one of random, nr_st, nr_rh_st"),
+        ("mode=nr_sd", "mode must be one of random, nr_st, nr_rh_st, got 'nr_sd'"),
         ("hidden=3", f"{MEDIUM}: unknown key hidden; valid: data, mode, hidden_size,"),
-        ("hidden_size=0", "hidden_size must be positive and finite, got 0"),
-        ("hidden_size=2.5", "hidden_size must be a whole number, got 2.5"),
-        ("hidden_size=true", "hidden_size must be a whole number, got True"),
-        ("dropout=1", "dropout must be in [0, 1), got 1.0"),
-        ("dropout=.nan", "dropout must be in [0, 1), got nan"),
-        ("learning_rate=.inf", "learning_rate must be positive and finite, got inf"),
-        ("learning_rate=fast", "learning_rate must be a number, got 'fast'"),
-        ("seed=-1", "seed must be from 0 to 2**63 - 1, got -1"),
+        ("hidden_size=0", "hidden_size must be a whole number from 1 to 2**63 - 1, got 0"),
+        ("hidden_size=2.5", "hidden_size must be a whole number from 1 to 2**63 - 1, got 2.5"),
+        ("hidden_size=true", "hidden_size must be a whole number from 1 to 2**63 - 1, got True"),
+        ("hidden_size='3'", "hidden_size must be a whole number from 1 to 2**63 - 1, got '3'"),
+        ("dropout=1", "dropout must be a finite number of at least 0 and below 1, got 1"),
+        ("dropout=.nan", "dropout must be a finite number of at least 0 and below 1, got nan"),
+        ("learning_rate=.inf", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got inf"),
+        ("learning_rate=fast", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got 'fast'"),
+        ("learning_rate=true", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got True"),
+        ("learning_rate=-0.0", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got -0.0"),
+        ("seed=-1", "seed must be a whole number from 0 to 2**63 - 1, got -1"),
         ("dropout", "--set dropout: must be key=value"),
-        ("dropout=[", "--set dropout=[: must be key=value"),
+        ("dropout=[", "--set dropout: its value is not YAML: line 1, column 2: "),
+        # What earlier ended in a traceback.
+        (f"hidden_size={'9' * 5000}", "--set hidden_size: its value is not YAML: line 1, column 1: '999"),
+        (
+            f"hidden_size=0x{'f' * 5000}",
+            "hidden_size must be a whole number from 1 to 2**63 - 1, got a number of",
+        ),
+        (f"hidden_size={'[' * 3000}", "--set hidden_size: its value is not YAML: line 1, column 21: more than 20 val"),
+        ("mode={a: &a [1, 1], b: [*a, *a]}", "--set mode: its value is not YAML: line 1, column 20: aliases are not"),
+        ("mode=[1, [2, [3, 4], 5, 6, 7]]", "mode must be one of random, nr_st, nr_rh_st, got [1, [2, [...], 5, ...]]"),
+        ("dropout=2026-13-45", "--set dropout: its value is not YAML: line 1, column 1: '2026-13-45' cannot be read"),
+        ("dropout=!!bool maybe", "--set dropout: its value is not YAML: line 1, column 1: 'maybe' cannot be read as"),
+        ("learning_rate=1e39", "learning_rate must be a finite number above 0 and of at most 3.40282e+38, got '1e39'"),
+        ("init_range=3e38", "init_range must be a finite number above 0 and of at most 1.70141e+38, got '3e38'"),
+        *(
+            (f"learning_rate_decay={decay}", f"learning_rate_decay {float(decay):g} takes the learning rate out of the")
+            for decay in ("1e200", "1e-200")
+        ),
+        ("hidden_size=1000000000", "a model with hidden_size 1000000000 and num_layers 2 needs 5.96e+10 GiB, and this"),
+        ("num_layers=1000000000", "a model with hidden_size 4 and num_layers 1000000000 needs 4.41e+03 GiB, and this"),
+        ("sequence_length=1000000000", "train has too few words for 2 columns of sequence_length + 1"),
+        ("batch_size=1000000000", "a text of 60 words cannot be read in 1000000000 columns"),
+        ("evaluation_batch_size=1000000000", "a text of 60 words cannot be read in 1000000000 columns"),
     ],
 )
 def test_wrong_setting(zaremba, tmp_path: Path, change: str, said: str) -> None:
-    assert refusal(zaremba("--set", change, status=2)).startswith(said)
+    # A schedule that the decay has a part in.
+    line = refusal(zaremba("--set=epochs=9", "--set", change, status=2))
+    assert line.startswith(said)
+    assert len(line) < 400
     assert not (tmp_path / "run").exists()
 
 
 def test_text_and_numbers() -> None:
     with pytest.raises(UsageError, match="data must be text, got 3"):
         read_settings(MEDIUM, {"data": 3})
+    for path in ("a\0b", "a" * 5000):
+        with pytest.raises(UsageError, match="data must be the path of a folder, got 'a"):
+            read_settings(MEDIUM, {"data": path})
     # YAML takes 1e-3 for text.
     assert read_settings(MEDIUM, {"learning_rate": "1e-3"}).learning_rate == 0.001
 
@@ -257,6 +291,145 @@ def test_damaged_checkpoint(zaremba, trained: Path, damage: str) -> None:
     assert contents(trained) == before
 
 
+def _drop_tensor(state: dict[str, Any]) -> None:
+    del state["model"]["lstm.weight_hh_l0"]
+
+
+def _add_tensor(state: dict[str, Any]) -> None:
+    state["model"]["lstm.weight_hh_l9"] = torch.zeros(2)
+
+
+def _cut_tensor(state: dict[str, Any]) -> None:
+    state["model"]["lstm.weight_hh_l0"] = state["model"]["lstm.weight_hh_l0"][:3]
+
+
+def _halve_tensor(state: dict[str, Any]) -> None:
+    state["model"]["lstm.bias_hh_l0"] = state["model"]["lstm.bias_hh_l0"].half()
+
+
+def _empty_tensor(state: dict[str, Any]) -> None:
+    state["model"]["lstm.bias_hh_l0"] = torch.empty(16, device="meta")
+
+
+def _list_for_tensor(state: dict[str, Any]) -> None:
+    state["model"]["projection.bias"] = [0.0] * 8
+
+
+def _no_number(state: dict[str, Any]) -> None:
+    state["model"]["projection.bias"][0] = float("nan")
+
+
+def _other_option(state: dict[str, Any]) -> None:
+    state["optimizer"]["param_groups"][0]["weight_decay"] = 0.5
+
+
+def _momentum(state: dict[str, Any]) -> None:
+    state["optimizer"]["state"] = {0: {"momentum_buffer": torch.zeros(3)}}
+
+
+def _row_without_column(state: dict[str, Any]) -> None:
+    del state["log"][0]["seconds"]
+
+
+def _text_in_row(state: dict[str, Any]) -> None:
+    state["log"][0]["train_perplexity"] = "low"
+
+
+def _set(key: str, value: object) -> Callable[[dict[str, Any]], None]:
+    return lambda state: state.update({key: value})
+
+
+#: What becomes of a checkpoint, and how that is told.
+BROKEN = [
+    (_drop_tensor, "model: lstm.weight_hh_l0 is missing"),
+    (_add_tensor, "model: 'lstm.weight_hh_l9' is unknown"),
+    (_cut_tensor, "model: lstm.weight_hh_l0 is float32[3, 4], and must be float32[16, 4]"),
+    (_halve_tensor, "model: lstm.bias_hh_l0 is float16[16], and must be float32[16]"),
+    (_empty_tensor, "model: lstm.bias_hh_l0 is float32[16] (torch.strided, meta), and must be float32[16]"),
+    (_list_for_tensor, "model: projection.bias: Input should be an instance of Tensor"),
+    (_no_number, "model: projection.bias holds values that are not finite"),
+    (_set("model", None), "model: Input should be a valid dictionary"),
+    (_set("optimizer", [1]), "optimizer: Input should be a valid dictionary"),
+    (_set("optimizer", {}), "optimizer: it has no param_groups"),
+    (_set("optimizer", {"param_groups": [], "state": {}}), "optimizer: it has 0 param_groups"),
+    (_other_option, "optimizer: 'weight_decay' is 0.5, and must be 0"),
+    (_momentum, "optimizer: it has a state, which SGD without momentum has not"),
+    (_set("random", []), "random: of 0 processes, and must be of 1"),
+    (_set("random", [{}]), "random: cpu is missing"),
+    (_set("random", [{"cpu": torch.zeros(9, dtype=torch.uint8)}]), "random: cpu is uint8[9], and must be uint8["),
+    (_set("random", [{"cpu": torch.zeros_like(torch.get_rng_state())}]), "Invalid mt19937 state"),
+    (_set("epoch", "1"), "epoch: Input should be a valid integer"),
+    (_set("epoch", 7), "its log is not that of 7 epochs"),
+    (_set("log", "epoch"), "log: Input should be a valid list"),
+    (_row_without_column, "log: 0: seconds: Field required"),
+    (_text_in_row, "log: 0: train_perplexity: Input should be a valid number"),
+    (_set("identity", [1]), "identity: Input should be a valid dictionary"),
+    (_set("identity", {"seed": torch.zeros(3)}), "identity: seed: "),
+]
+
+
+def test_whole_checkpoint_with_broken_content(zaremba, trained: Path) -> None:
+    """One line that names the file and what is wrong in it; no file is touched."""
+    file = trained / "checkpoint.pt"
+    whole = file.read_bytes()
+    for damage, told in BROKEN:
+        state = torch.load(io.BytesIO(whole), weights_only=True)
+        damage(state)
+        torch.save(state, file)
+        before = contents(trained)
+        said = refusal(zaremba("--resume", status=2))
+        assert said.startswith(f"{file} is broken ({told}")
+        assert said.endswith("; it was left as it is: move it away, or put a good copy there")
+        assert contents(trained) == before
+    file.write_bytes(whole)
+    assert zaremba("--resume") == ""
+
+
+@pytest.mark.parametrize("form", ["2.2", "later"])
+def test_checkpoints_of_other_versions_of_torch(zaremba, trained: Path, form: str) -> None:
+    """The options of SGD are not the same in all, and some note that there is no momentum."""
+    state = torch.load(trained / "checkpoint.pt", weights_only=True)
+    (group,) = state["optimizer"]["param_groups"]
+    if form == "2.2":
+        group.pop("fused", None)
+        state["optimizer"]["state"] = {i: {"momentum_buffer": None} for i in group["params"]}
+    else:
+        group["another"] = None
+    torch.save(state, trained / "checkpoint.pt")
+    assert zaremba("--resume") == ""
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be a whole number from 1 to 2**63 - 1, got 'x'"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE must be a whole number from 1 to 2**63 - 1, got ''"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE must be a whole number from 1 to 2**63 - 1, got '0'"),
+        ({"RANK": "first"}, "RANK must be a whole number from 0 to 2**63 - 1, got 'first'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK must be a whole number from 0 to 2**63 - 1, got '-1'"),
+        ({"RANK": "9" * 5000}, "RANK must be a whole number from 0 to 2**63 - 1, got '999"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, "the 2 processes did not find each other: "),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "x"}, "the 2 processes did not"),
+    ],
+)
+def test_wrong_variables_of_torchrun(
+    zaremba, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], said: str
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert refusal(zaremba(status=2)).startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rank_beyond_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(UsageError, match="RANK must be less than WORLD_SIZE, which is 2, got 2"):
+        Variables.read()
+
+
 def test_no_damage_goes_unnoticed(trained: Path) -> None:
     """Whatever byte of the records is changed, or wherever it is cut: one error, of one kind."""
     file, rng = trained / "checkpoint.pt", random.Random(1)
@@ -315,10 +488,18 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--mode", "x"), "unknown mode 'x'; choose one of random, nr_st, nr_rh_st"),
+        (("--mode", "x"), "mode must be one of random, nr_st, nr_rh_st, got 'x'"),
         (("--epochs", 3), "--epochs 3: the schedule ends after 2; --set epochs=3 extends it"),
         (("--device", "tpu"), "--device tpu: must be cpu, cuda or cuda:N"),
         (("--device", "cuda:99"), "--device cuda:99: "),
+        (("--device", "cpu:3"), "--device cpu:3: must be cpu, cuda or cuda:N"),
+        (("--device", "cuda:" + "9" * 500), "--device cuda:999"),
+        # With so many, OpenMP ended in a segmentation fault.
+        (("--threads", 100_000), "--threads 100000: this machine has "),
+        (("--threads", 10**20), "--threads 100000000000000000000: this machine has "),
+        (("--seed", 10**20), "seed must be a whole number from 0 to 2**63 - 1, got 100000000000000000000"),
+        (("--epochs", "9" * 4000), "--epochs a number of about 4,000 digits: the schedule ends after 2"),
+        (("--out", "x" * 5000), "xxx"),
     ],
 )
 def test_wrong_option(zaremba, tmp_path: Path, options: tuple[object, ...], said: str) -> None:
@@ -336,12 +517,15 @@ def test_run_folder_is_named_after_model_and_mode(
     assert sorted(os.listdir("run/zaremba_medium_nr_st")) == ["checkpoint.pt", "log.csv", "result.json"]
 
 
-def test_diverging_training_stops_and_keeps_what_it_had(zaremba, trained: Path) -> None:
+def test_diverging_training_stops_and_keeps_what_it_had(
+    zaremba, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(trained)
-    state = torch.load(trained / "checkpoint.pt", weights_only=True)
-    state["model"]["projection.bias"][0] = float("nan")
-    torch.save(state, trained / "checkpoint.pt")
-    before = contents(trained)
+
+    def leave_the_numbers(optimizer: torch.optim.SGD) -> None:
+        optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", leave_the_numbers)
     assert refusal(zaremba("--resume", status=1)).startswith("epoch 2: the loss is no longer finite")
     assert contents(trained) == before
 
@@ -354,6 +538,41 @@ def test_interruption(zaremba, trained: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.optim.SGD, "step", interrupt)
     assert refusal(zaremba("--resume", status=130)).startswith("interrupted; --resume continues")
     assert contents(trained) == before
+    monkeypatch.undo()
+    # In the middle of a save, and in the first epoch.
+    monkeypatch.setattr(os, "fsync", interrupt)
+    assert refusal(zaremba("--resume", status=130)).startswith("interrupted; --resume continues")
+    assert contents(trained) == before
+    said = refusal(zaremba("--out", trained.with_name("other"), status=130))
+    assert said == "interrupted; no epoch was finished"
+    assert not trained.with_name("other").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_out_of_memory(zaremba, trained: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    before = contents(trained)
+    monkeypatch.setattr(torch.optim.SGD, "step", fail)
+    assert refusal(zaremba("--resume", status=2)).startswith("out of memory: ")
+    assert contents(trained) == before
+
+
+def test_step_that_no_memory_holds(zaremba, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Enough for the parameters, of which there are 41,709, but not for gradients of them.
+    monkeypatch.setattr(zaremba_main, "memory", lambda: 200_000)
+    said = refusal(zaremba("--set=hidden_size=50", status=2))
+    assert re.fullmatch(
+        r"a model with hidden_size 50 and num_layers 2, its gradients and a step of 8 words needs 0.00031\d GiB, "
+        r"and this machine has 0.000186 GiB",
+        said,
+    )
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(zaremba_main, "memory", lambda: 400_000)
+    assert zaremba("--set=hidden_size=50", "--epochs", 1) == ""
 
 
 def test_progress_in_lines_and_as_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -395,9 +614,9 @@ def test_perplexity() -> None:
     assert training_display.perplexity(1e6, 2) == training_display.perplexity(float("nan"), 2) == float("inf")
 
 
-@pytest.mark.parametrize("module", ["typer", "rich", "yaml", "sd_plugin"])
+@pytest.mark.parametrize("module", ["pydantic", "typer", "rich", "yaml", "sd_plugin"])
 def test_what_it_needs_is_said_in_a_line(without, module: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "zaremba_main.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=without(module))
     assert done.returncode == 2
-    assert done.stderr == "zaremba_main.py needs sd-plugin, typer, rich and PyYAML: pip install '.[demo]'\n"
+    assert done.stderr == "zaremba_main.py needs sd-plugin, pydantic, typer, rich and PyYAML: pip install '.[demo]'\n"
