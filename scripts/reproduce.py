@@ -10,9 +10,9 @@
     python scripts/reproduce.py table
 
 A row is run by the commands that users type, as the paper has it, or shortened by --epochs or --steps, which the result
-says. Results go to benchmarks/results/reproduce/ROW/seedN, and `table` makes docs/results.md of them. A queue runs at the
-lowest priority, from a commit that is exported and installed for it alone, so that edits of the checkout cannot disturb
-it.
+says. Results go to benchmarks/results/reproduce/ROW/seedN, and `table` makes docs/results.md of them. A queue runs at
+the lowest priority, from a commit that is exported and installed for it alone, so that edits of the checkout cannot
+disturb it.
 Whatever stops a run, the same command goes on where it was: Zaremba's to the same bits, OpenNMT-py from its last
 checkpoint, AWD-LSTM from its best epoch, targer from the start; the result says what was repeated.
 
@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 try:
     import matplotlib  # noqa: F401
@@ -263,21 +263,31 @@ def showing(job: Job) -> Callable[[Program], None]:
 
 def check_commands(jobs: list[Job]) -> None:
     """Print the commands of jobs, and have their programs parse them; UsageError if one does not."""
-    given = []
+    commands = []
     for job in jobs:
-        system = SYSTEMS[job.row.system]
-        if problem := system.problem(job):
-            raise UsageError(f"{job.row.name}: {problem}")
-        for name in system.steps(job):
-            step = system.step(job, name)
-            print(job.shown(step.command))
-            given.append({"command": step.command, "variables": dict(step.variables)})
-    command = jobs[0].script("reproduction/check_commands.py")
-    done = subprocess.run(
-        command, input=json.dumps(given), env=jobs[0].environment(), stdout=subprocess.PIPE, text=True, check=False
-    )
-    if done.returncode:
-        raise UsageError(done.stdout.strip() or "the commands could not be checked")
+        found = commands_of(job)
+        print(*(job.shown(one["command"]) for one in found), sep="\n")
+        commands += found
+    if problems := problems_of(commands, jobs[0]):
+        raise UsageError("; ".join(problems))
+
+
+def commands_of(job: Job) -> list[dict[str, Any]]:
+    """The commands of a job that has not begun, with their variables; UsageError if its host is not here."""
+    system = SYSTEMS[job.row.system]
+    if problem := system.problem(job):
+        raise UsageError(f"{job.row.name}: {problem}")
+    steps = [system.step(job, name) for name in system.steps(job)]
+    return [{"command": step.command, "variables": dict(step.variables)} for step in steps]
+
+
+def problems_of(commands: list[dict[str, Any]], job: Job) -> list[str]:
+    """What the programs find wrong with commands, parsed by the interpreter of ``job``."""
+    checker = job.script("reproduction/check_commands.py")
+    done = subprocess.run(checker, input=json.dumps(commands), env=job.environment(), stdout=subprocess.PIPE, text=True)
+    if done.returncode and not done.stdout:
+        return [f"the commands could not be checked (status {done.returncode})"]
+    return done.stdout.splitlines()
 
 
 @app.command()

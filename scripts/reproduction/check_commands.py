@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Checks command lines against the programs that they are for, without running any.
 
-The input is a JSON list of {"command": [...], "variables": {...}}; each problem is printed in a line. Exit status: 0 all
-are valid, 1 not.
+The input is a JSON list of {"command": [...], "variables": {...}}; each problem is printed in a line. Exit status:
+0 all are valid, 1 not.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def report(text: str) -> Report | None:
     rest = text[found[-1].end() :]
     share = re.search(r"multiply-adds of these products skipped \(([\d.]+)%\)", rest)
     lost = re.findall(r"^ +\S+ +\d+ +[\d.]+% +(?:[\d.]+%|-) +\d+ +(\d+)$", rest, re.MULTILINE)
-    return Report(found[-1][1], float(share[1]) / 100 if share else None, sum(map(int, lost)))
+    return Report(found[-1][1], round(float(share[1]) / 100, 6) if share else None, sum(map(int, lost)))
 
 
 def is_whole(path: Path) -> bool:

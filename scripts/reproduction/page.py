@@ -29,13 +29,9 @@ multiply-adds left out: of Zaremba, of all in LSTM and projection; of the others
 """
 
 
-def _number(metric: str, value: float) -> str:
-    return f"{value:.2f}" if metric.endswith(("bleu", "f1")) else f"{value:.1f}"
-
-
-def _ours(metric: str, values: Sequence[float]) -> str:
-    told = _number(metric, mean(values))
-    return f"{told} ± {_number(metric, stdev(values))}" if len(values) > 1 else told
+def _ours(values: Sequence[float]) -> str:
+    told = f"{mean(values):.2f}"
+    return f"{told} ± {stdev(values):.2f}" if len(values) > 1 else told
 
 
 def _cells(row: Row, runs: Sequence[Saved]) -> str:
@@ -47,7 +43,7 @@ def _cells(row: Row, runs: Sequence[Saved]) -> str:
     if not runs:
         return f"{head} | no run yet | - | - | - | - | - | - |"
     ours = " / ".join(
-        _ours(metric, [run.result.metrics[metric] for run in runs]) if metric in runs[0].result.metrics else "-"
+        _ours([run.result.metrics[metric] for run in runs]) if metric in runs[0].result.metrics else "-"
         for metric in row.metrics
     )
     found = [seconds for run in runs if (seconds := run.seconds_per_unit()) is not None]
@@ -83,17 +79,26 @@ def _model(rows: Sequence[Row], saved: Sequence[Saved]) -> str:
     """The table of a model, a line for each mode and length."""
     names = " / ".join(METRICS[metric] for metric in rows[0].metrics)
     unit = rows[0].unit[:-1]
-    titles = f"| mode | {names}: paper | relative speed: paper | ours | seeds | length | s per {unit} | skipped | hints lost |"
-    lines = [f"## {rows[0].title}", "", f"{titles} precision, backend |", "|---" * 10 + "|"]
+    titles = ["mode", f"{names}: paper", "relative speed: paper", "ours", "seeds", "length", f"s per {unit}"]
+    titles += ["skipped", "hints lost", "precision, backend"]
+    lines = [f"## {rows[0].title}", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for row in rows:
         lines += [_cells(row, runs) for runs in _lengths(row, saved) or [[]]]
-    notes = dict.fromkeys(note for run in saved if run.result.row in {row.name for row in rows} for note in _notes(run))
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes)]).rstrip() + "\n"
+    own = [run for run in saved if run.result.row in {row.name for row in rows}]
+    return "\n".join([*lines, "", *(f"- {note}" for note in _notes(own))]).rstrip() + "\n"
 
 
-def _notes(run: Saved) -> list[str]:
-    """What must be known of a run, with its name where it is about this one only."""
-    return [f"{MODES[run.result.row.rpartition('/')[2]]}, seed {run.result.seed}: {note}" for note in run.result.notes]
+def _notes(runs: Sequence[Saved]) -> list[str]:
+    """What must be known of runs, each note once, with the runs that it is about unless these are all."""
+    about: dict[str, list[Saved]] = {}
+    for run in runs:
+        for note in run.result.notes:
+            about.setdefault(note, []).append(run)
+    notes = []
+    for note, those in about.items():
+        named = (f"{MODES[run.result.row.rpartition('/')[2]]} seed {run.result.seed}" for run in those)
+        notes.append(note if len(those) == len(runs) else f"{', '.join(named)}: {note}")
+    return notes
 
 
 def _run(run: Saved, page: Path) -> str:
