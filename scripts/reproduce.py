@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 try:
-    import matplotlib  # noqa: F401
+    # Not all are used here, but all in the modules of `reproduction`.
     import platformdirs
     import pydantic  # noqa: F401
     import typer
@@ -43,7 +43,7 @@ except ImportError:
     print("reproduce.py needs sd-plugin and what it is built on: pip install '.[reproduce]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from reproduction import display, environment, execution, page, results, rows
+from reproduction import display, environment, execution, results, rows
 from reproduction.environment import Environment
 from reproduction.estimates import Estimates
 from reproduction.execution import RunError
@@ -112,6 +112,9 @@ StockOption = Annotated[
     bool, typer.Option("--stock", help="Zaremba's baseline on PyTorch's own modules, not our dense kernels.")
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Discard what an unfinished run has left.")]
+UndisturbedOption = Annotated[
+    bool, typer.Option("--undisturbed", help="At normal priority: nothing else runs, and times are to count.")
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a result that is there.")]
 
 DATA, RESULTS = ROOT / "data", ROOT / "benchmarks" / "results" / "reproduce"
@@ -173,7 +176,7 @@ def entries_of(
     ]
 
 
-def queue_of(where: Environment, data: Path, target: Path, table: Path | None) -> Queue:
+def queue_of(where: Environment, data: Path, target: Path, table: Path | None, undisturbed: bool = True) -> Queue:
     """An empty queue."""
     variables = {name: str(Path(os.environ[name]).resolve()) for name in _HOSTS if os.environ.get(name)}
     return Queue(
@@ -185,6 +188,7 @@ def queue_of(where: Environment, data: Path, target: Path, table: Path | None) -
         results=target.resolve(),
         table=table and table.resolve(),
         variables=variables,
+        undisturbed=undisturbed,
         entries=[],
     )
 
@@ -309,6 +313,7 @@ def queue(
     ] = False,
     add: Annotated[bool, typer.Option("--add", help="Add the rows to the queue that is running.")] = False,
     clear: Annotated[bool, typer.Option("--clear", help="Drop what is left of an earlier queue.")] = False,
+    undisturbed: UndisturbedOption = False,
     background: Annotated[bool, typer.Option("--background", help="Return at once; queue.log tells.")] = False,
     data: DataOption = DATA,
     target: ResultsOption = RESULTS,
@@ -329,7 +334,7 @@ def queue(
             raise UsageError(f"--add: no queue is running in {kept.folder}")
         old = None if clear else kept.load()
         where = environment_of(kept, old, commit, here)
-        made = queue_of(where, data, target, table)
+        made = queue_of(where, data, target, table, undisturbed)
         made.entries = [entry for entry in old.entries if entry.is_open] if old else []
         made.entries += [entry for entry in wanted if not any(entry.is_same_run(other) for other in made.entries)]
         check_entries(made, wanted, kept)
@@ -475,6 +480,9 @@ def table_(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the page.")] = ROOT / "docs",
 ) -> None:
     """Write the page of results and its figure, from the results alone."""
+    # matplotlib takes longer to import than the other commands to run.
+    from reproduction import page
+
     with told_in_one_line():
         saved = list(results.scan(target))
         known = {row.name for row in rows.ROWS}

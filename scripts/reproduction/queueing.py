@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,7 @@ class Queue(BaseModel):
         data: the folder of the corpora; results: where results go.
         table: a file of rows that replaces the table; None for the paper's rows.
         variables: of the environment, where the hosts' checkouts are.
+        undisturbed: run at normal priority, so that times count.
         entries: in the order in which they are run.
     """
 
@@ -66,6 +68,7 @@ class Queue(BaseModel):
     results: Path
     table: Path | None
     variables: dict[str, str]
+    undisturbed: bool
     entries: list[Entry]
 
     def row(self, name: str) -> Row:
@@ -123,10 +126,11 @@ class State:
     @contextlib.contextmanager
     def changing(self) -> Iterator[Queue]:
         """The queue, to be changed and saved while no other process does."""
+        if not self._queue.exists():
+            raise UsageError(f"there is no queue in {self.folder}")
         with self._locked(self.folder / "queue.lock", wait=True):
             queue = self.load()
-            if queue is None:
-                raise UsageError(f"there is no queue in {self.folder}")
+            assert queue is not None, "nothing removes it"
             yield queue
             self.save(queue)
 
@@ -172,17 +176,27 @@ class State:
 
     def worker(self) -> Worker | None:
         """The process that works the queue off; None if there is none."""
+        while self._is_locked():
+            with contextlib.suppress(FileNotFoundError):
+                worker = Worker.model_validate_json(self._worker.read_bytes())
+                if Path("/proc", str(worker.pid)).exists():
+                    return worker
+            # It has not yet written who it is: what is there is of one that was killed.
+            time.sleep(0.01)
+        return None
+
+    def _is_locked(self) -> bool:
         if not self._lock.exists():
-            return None
+            return False
         descriptor = os.open(self._lock, os.O_RDWR)
         try:
             # A shared lock, so that two who ask at once do not take each other for a queue.
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return Worker.model_validate_json(self._worker.read_bytes())
+            return True
         finally:
             os.close(descriptor)
-        return None
+        return False
 
     def tell_held(self, held: bool) -> None:
         """Say, as the process that works the queue off, whether its program is held."""

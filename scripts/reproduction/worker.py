@@ -1,4 +1,4 @@
-"""The process that works a queue off, one run after the other, at the lowest priority."""
+"""The process that works a queue off, one run after the other."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ def work(state: State, say: Say) -> bool:
         UsageError: another process works it off, or there is no queue.
     """
     signal.signal(signal.SIGTERM, _interrupt)
-    supervision.be_idle()
     with state.held():
         queue = state.load()
         if queue is None:
             raise UsageError(f"there is no queue in {state.folder}")
+        if not queue.undisturbed:
+            supervision.be_idle()
         os.environ.update(queue.variables)
         while True:
             _wait_while_paused(state)
@@ -84,8 +85,8 @@ def _result_of(queue: Queue, state: State, entry: Entry) -> str:
             # Only once: if it is interrupted, it goes on.
             entry.fresh = False
             state.mark(entry)
-        execution.run(job, record, idle=True, watch=_holding(state))
-        result = execution.finish(job, record, queue.results, undisturbed=False)
+        execution.run(job, record, idle=not queue.undisturbed, watch=_holding(state))
+        result = execution.finish(job, record, queue.results, queue.undisturbed)
     return ", ".join(f"{name.replace('_', ' ')} {value:.2f}" for name, value in result.metrics.items())
 
 

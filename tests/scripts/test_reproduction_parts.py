@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 
 # Without these the package cannot be imported.
-for needed in ("matplotlib", "platformdirs", "pydantic", "rich", "typer", "yaml"):
-    pytest.importorskip(needed)
+pytest.importorskip("matplotlib")
+pytest.importorskip("platformdirs")
+pytest.importorskip("pydantic")
+pytest.importorskip("rich")
+pytest.importorskip("typer")
+pytest.importorskip("yaml")
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -107,7 +111,7 @@ def test_names_select_rows_by_their_beginning() -> None:
         f"table1/medium/{mode}" for mode in ("random", "nr_st", "nr_rh_st")
     ]
     assert [row.name for row in rows.select(["fig3/nr_st"])] == ["table1/medium/nr_st"]
-    with pytest.raises(UsageError, match="unknown row 'table1/med'; there are table1/medium, .* small/multi30k"):
+    with pytest.raises(UsageError, match=r"unknown row 'table1/med'; there are table1/medium, .* small/multi30k"):
         rows.select(["table1/med"])
 
 
@@ -251,6 +255,30 @@ def test_opennmt_scores_every_checkpoint_that_its_configuration_keeps(tmp_path: 
     assert "vocabulary" in system.steps(job_of("small/multi30k/random", tmp_path))
 
 
+def test_zaremba_is_read(tmp_path: Path) -> None:
+    system, job = SYSTEMS["zaremba"], job_of("table1/medium/nr_rh_st", tmp_path, length=2)
+    (tmp_path / "model").mkdir()
+    for ending, name in ((".csv", "log.csv"), (".json", "result.json")):
+        shutil.copy(RESULTS / "zaremba_medium" / f"nr_rh_st{ending}", tmp_path / "model" / name)
+    job.log("train").write_text((RESULTS / "awd_lstm" / "nr_rh_st.log").read_text())
+    outcome = system.outcome(job)
+    assert (outcome.length, outcome.skipped, outcome.hints_lost, outcome.backend) == (2, 0.5, 0, "cpu")
+    assert {name: round(value, 1) for name, value in outcome.metrics.items()} == {
+        "train_perplexity": 195.8, "valid_perplexity": 166.4, "test_perplexity": 163.5
+    }  # fmt: skip
+    assert outcome.seconds == pytest.approx(174.912 + 168.855)
+    assert "--epochs" in system.step(job, "train").command
+    # Killed between its last epoch and the test, so that no process has counted anything.
+    job.log("train").unlink()
+    assert system.outcome(job).hints_lost is None
+
+
+def test_the_baseline_is_dense_unless_stock_is_asked_for(tmp_path: Path) -> None:
+    system, dense = SYSTEMS["zaremba"], job_of("table1/large/random", tmp_path)
+    assert "reproduction/dense_baseline.py" in system.step(dense, "train").command[1]
+    assert system.step(replace(dense, stock=True), "train").command[1].endswith("scripts/zaremba_main.py")
+
+
 def test_targer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system, job = SYSTEMS["targer"], job_of("table3/ner/random", tmp_path, length=3)
     monkeypatch.setattr(sys.modules["reproduction.systems.targer"], "locate", lambda checkout: tmp_path)
@@ -318,7 +346,9 @@ def test_estimates_come_from_own_results_and_else_from_the_benchmark(tmp_path: P
     known = estimates.Estimates([], RESULTS / "cpu.json")
     found = known.of(medium)
     assert found is not None and found.source == "cpu.json"
-    steps = json.loads((RESULTS / "cpu.json").read_text())["workloads"]["zaremba-medium"]["columns"]["nr_rh_st"]["step_ms"]
+    steps = json.loads((RESULTS / "cpu.json").read_text())["workloads"]["zaremba-medium"]["columns"]["nr_rh_st"][
+        "step_ms"
+    ]
     assert min(steps) * 1.327 <= found.seconds_per_unit <= max(steps) * 1.327
     assert known.of(small) is None
     own = estimates.Estimates(saved(tmp_path, result()), tmp_path / "none.json").of(medium)
@@ -342,8 +372,9 @@ def test_the_page_is_made_of_the_results_alone(tmp_path: Path) -> None:
     assert [path.name for path in written] == ["results.md", "results-fig3.png"]
     text = written[0].read_text(encoding="utf-8")
     lines = {line.split(" |")[0]: line for line in _section(text, "Zaremba medium") if line.startswith("| NR")}
-    assert "83.64 / 80.84 | 1.45 | 84.14 ± 0.71 / 81.34 ± 0.71 | 2 | 39 epochs | 10 | 50.0% | 0 | fp32, cpu |" in (
-        lines["| NR+RH+ST"]
+    assert (
+        "83.64 / 80.84 | 1.45 | 84.14 ± 0.71 / 81.34 ± 0.71 | 2 | 39 epochs | 10 | 50.0% | 0 | fp32, cpu |"
+        in (lines["| NR+RH+ST"])
     )
     assert "| 86.60 / 83.01 | 1.17 | no run yet |" in lines["| NR+ST"]
     assert "- NR+Random seed 1234: on dense kernels" in _section(text, "Zaremba medium")
@@ -414,8 +445,8 @@ def test_a_commit_is_exported_without_the_edits_of_the_checkout(
     assert made.commit == commit and not made.dirty and environment.here(repository).dirty
     assert environment.at_commit(repository, commit, tmp_path / "environments", lambda text: None) == made
     assert len(installed) == 1, "it is made once"
+    before = environment.commit_named(repository, "HEAD~1")
     with pytest.raises(UsageError, match=r"has no scripts/reproduce\.py: name a later one with --commit"):
-        before = environment.commit_named(repository, "HEAD~1")
         environment.at_commit(repository, before, tmp_path / "environments", lambda text: None)
     with pytest.raises(UsageError, match=r"--commit nowhere: .* has no such commit"):
         environment.commit_named(repository, "nowhere")
