@@ -248,9 +248,12 @@ def test_opennmt_is_read_and_goes_on_from_its_newest_whole_checkpoint(tmp_path: 
 
 
 def test_opennmt_scores_every_checkpoint_that_its_configuration_keeps(tmp_path: Path) -> None:
-    system, job = SYSTEMS["opennmt"], job_of("table2/envi/nr_st", tmp_path, length=12_000)
+    system, job = SYSTEMS["opennmt"], job_of("table2/envi/nr_st", tmp_path, length=15_000)
     scored = [name for name in system.steps(job) if name.startswith("score")]
-    assert scored == ["score-5000", "score-10000", "score-12000"]
+    assert scored == ["score-5000", "score-10000", "score-15000"]
+    assert "beyond 5,000 it must be a multiple" in (system.problem(replace(job, length=12_000)) or "")
+    short = system.step(replace(job, length=30), "train").command
+    assert short[short.index("-train_steps") :] == ["-train_steps", "30", "-valid_steps", "30", "-report_every", "30"]
     assert "vocabulary" not in system.steps(job)
     assert "vocabulary" in system.steps(job_of("small/multi30k/random", tmp_path))
 

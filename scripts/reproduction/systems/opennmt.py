@@ -15,6 +15,8 @@ from ..results import Point
 
 #: Steps between two checkpoints: what is lost at most when a run is killed.
 _SAVE_EVERY = 1_000
+#: Steps between two lines of its log, unless the configuration says otherwise.
+_REPORT_EVERY = 50
 
 
 class OpenNMT(System):
@@ -23,6 +25,9 @@ class OpenNMT(System):
     def problem(self, job: Job) -> str | None:
         if not Path(job.program("onmt_train")).exists():
             return "OpenNMT-py is not installed: see 'In your own OpenNMT-py' in README.md, or pip install '.[opennmt]'"
+        every = int(_config(job)["valid_steps"])
+        if job.length > every and job.length % every:
+            return f"--steps {job.length}: beyond {every:,} it must be a multiple of that, where the host validates"
         return None
 
     def steps(self, job: Job) -> list[str]:
@@ -56,7 +61,10 @@ class OpenNMT(System):
         command = [job.program("onmt_train"), *_named(job), "-seed", str(job.seed)]
         command += ["-save_checkpoint_steps", str(min(every, length))]
         if not job.full:
-            command += ["-train_steps", str(length), "-valid_steps", str(min(int(config["valid_steps"]), length))]
+            validated = min(int(config["valid_steps"]), length)
+            command += ["-train_steps", str(length), "-valid_steps", str(validated)]
+            if validated % int(config.get("report_every", _REPORT_EVERY)):
+                command += ["-report_every", str(validated)]
         if job.on_gpu:
             command += ["-world_size", "1", "-gpu_ranks", "0"]
         for at, path in reversed(_checkpoints(job)):
