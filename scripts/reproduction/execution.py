@@ -205,15 +205,23 @@ def finish(job: Job, record: Record, target: Path, undisturbed: bool) -> Result:
     Raises:
         RunError: the host's files do not say what came out.
     """
-    system = SYSTEMS[job.row.system]
     try:
-        outcome, curve = system.outcome(job), system.curve(job)
+        result = _result(job, record, undisturbed)
+        results.save(result, SYSTEMS[job.row.system].curve(job), results.folder_of(target, job.row.name, job.seed))
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise RunError(f"{job.row.name}: no result in {job.folder} ({type(error).__name__}: {error})") from None
-    facts, versions = record.facts, dict(record.facts["versions"])
+        told = " ".join(str(error).split())
+        raise RunError(f"{job.row.name}: no result in {job.folder} ({type(error).__name__}: {told})") from None
+    SYSTEMS[job.row.system].tidy(job, finished=True)
+    return result
+
+
+def _result(job: Job, record: Record, undisturbed: bool) -> Result:
+    """The result of a job whose steps are all done; some ValueError, KeyError or IndexError if it has none."""
+    outcome, facts = SYSTEMS[job.row.system].outcome(job), record.facts
+    versions = {name: version for name, version in facts["versions"].items() if version is not None}
     if job.row.system != "opennmt":
         versions.pop("OpenNMT-py", None)
-    result = Result(
+    return Result(
         row=job.row.name,
         seed=job.seed,
         length=outcome.length,
@@ -235,9 +243,6 @@ def finish(job: Job, record: Record, target: Path, undisturbed: bool) -> Result:
         notes=[*job.row.notes, *outcome.notes, *_data_notes(job), *_interruptions(job, record)],
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
-    results.save(result, curve, results.folder_of(target, job.row.name, job.seed))
-    system.tidy(job, finished=True)
-    return result
 
 
 def _data_notes(job: Job) -> list[str]:

@@ -124,13 +124,15 @@ def save(result: Result, curve: Sequence[Point], folder: Path) -> None:
     writer = csv.writer(text, lineterminator="\n")
     names = list(dict.fromkeys(name for point in curve for name in point))
     writer.writerow(names)
-    writer.writerows(["" if point.get(name) is None else _plain(point[name]) for name in names] for point in curve)
+    lines = [[point.get(name) for name in names] for point in curve]
+    writer.writerows(["" if value is None else _plain(value) for value in line] for line in lines)
     write_whole(folder / CURVE, text.getvalue())
     write_whole(folder / RESULT, result.model_dump_json(by_alias=True, indent=1) + "\n")
 
 
-def _plain(value: float | None) -> str:
-    return str(int(value)) if value is not None and value == int(value) else repr(value)
+def _plain(value: float) -> str:
+    # A run that has diverged has curves with inf and nan.
+    return str(int(value)) if math.isfinite(value) and value == int(value) else repr(value)
 
 
 def load(folder: Path) -> Saved:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -159,6 +160,15 @@ def test_results_that_contradict_their_place_or_curve_are_named(tmp_path: Path) 
     shutil.copytree(one.folder, elsewhere)
     with pytest.raises(UsageError, match="is of row table1/medium/nr_rh_st, seed 1234, and lies in another folder"):
         results.load(elsewhere)
+
+
+def test_a_curve_keeps_every_number_to_the_last_bit_also_of_a_run_that_diverged(tmp_path: Path) -> None:
+    one = result(length=3, full=False)
+    values = [0.1 + 0.2, math.inf, None]
+    curve = [{"epoch": at + 1, "seconds": 1e-9, "valid_perplexity": value} for at, value in enumerate(values)]
+    results.save(one, curve, results.folder_of(tmp_path, one.row, one.seed))
+    (back,) = results.scan(tmp_path)
+    assert back.curve == curve
 
 
 def test_a_longer_run_may_replace_a_shorter_result_and_no_other(tmp_path: Path) -> None:
