@@ -18,9 +18,10 @@ PAGE, FIGURE = "results.md", "results-fig3.png"
 _HEAD = """# The paper's tables, run here
 
 Made by `python scripts/reproduce.py table` from the files in
-[benchmarks/results/reproduce](../benchmarks/results/reproduce/README.md); no number is typed by hand. *Paper*: Sarma et al. 2021,
-arXiv 2106.12089. *Ours* is the mean over seeds ± their standard deviation. A **shortened** run is not the paper's
-experiment: it can be compared with other runs of its length only. `python scripts/reproduce.py run ROW` makes a row.
+[benchmarks/results/reproduce](../benchmarks/results/reproduce/README.md); no number is typed by hand. *Paper*: Sarma
+et al. 2021, arXiv 2106.12089. *Ours* is the mean over seeds ± their standard deviation. A **shortened** run is not the
+paper's experiment: it can be compared with other runs of its length only. `python scripts/reproduce.py run ROW` makes a
+row.
 """
 _SPEED = """
 *Seconds* are the median over epochs or steps. Those in brackets are of runs at the lowest priority, beside other work:
