@@ -19,16 +19,13 @@ checkpoint, AWD-LSTM from its best epoch, targer from the start; the result says
 Exit status: 0 done, 1 a run failed or a page is out of date, 2 wrong use, 130 interrupted.
 """
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 try:
     # Not all are used here, but all in the modules of `reproduction`.
@@ -43,26 +40,20 @@ except ImportError:
     print("reproduce.py needs sd-plugin and what it is built on: pip install '.[reproduce]'", file=sys.stderr)
     raise SystemExit(2) from None
 
-from reproduction import display, environment, execution, results, rows
-from reproduction.environment import Environment
+from reproduction import display, environment, execution, results, rows, starting, worker
+from reproduction import dry_run as dry_runs
 from reproduction.estimates import Estimates
 from reproduction.execution import RunError
-from reproduction.job import Job
-from reproduction.queueing import Entry, Queue, State
+from reproduction.queueing import State
+from reproduction.requests import Request, empty_queue
 from reproduction.rows import Row
-from reproduction.supervision import Program
-from reproduction.systems import SYSTEMS
-from reproduction.worker import work as work_off
 
 from sd_plugin.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmarks" / "results" / "cpu.json"
-#: The variables that say where the hosts are.
-_HOSTS = ("AWD_LSTM_DIR", "TARGER_DIR")
-#: Seconds that a queue may take to hold its program, or to start in the background.
+#: Seconds that a queue may take to hold its program.
 _PATIENCE = 20.0
-
 #: Columns of a table that goes to a file.
 _WIDTH = 150
 
@@ -130,69 +121,6 @@ def table_of(path: Path | None) -> tuple[Row, ...]:
     return rows.ROWS if path is None else rows.read(path)
 
 
-def length_of(row: Row, epochs: int | None, steps: int | None) -> int:
-    """How long a row shall be trained.
-
-    Raises:
-        UsageError: it is counted in the other unit, or is not so long.
-    """
-    given = {"epochs": epochs, "steps": steps}
-    wrong = next((unit for unit, value in given.items() if value is not None and unit != row.unit), None)
-    if wrong is not None:
-        raise UsageError(f"--{wrong}: {row.name} is counted in {row.unit}: give --{row.unit}")
-    length = given[row.unit] or row.length
-    if length > row.length:
-        raise UsageError(f"--{row.unit} {length}: {row.name} has {row.length:,} {row.unit}")
-    return length
-
-
-def entries_of(
-    chosen: list[Row],
-    seeds: list[int] | None,
-    epochs: int | None,
-    steps: int | None,
-    device: str,
-    threads: int | None,
-    stock: bool,
-    fresh: bool,
-    force: bool,
-) -> list[Entry]:
-    """The runs that a command line asks for: all rows with the first seed, then all with the next."""
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise UsageError(f"--device {device}: must be cpu, cuda or cuda:N")
-    return [
-        Entry(
-            row=row.name,
-            seed=row.seed if seed is None else seed,
-            length=length_of(row, epochs, steps),
-            device=device,
-            threads=threads or len(os.sched_getaffinity(0)),
-            stock=stock,
-            fresh=fresh,
-            force=force,
-        )
-        for seed in seeds or [None]
-        for row in chosen
-    ]
-
-
-def queue_of(where: Environment, data: Path, target: Path, table: Path | None, undisturbed: bool = True) -> Queue:
-    """An empty queue."""
-    variables = {name: str(Path(os.environ[name]).resolve()) for name in _HOSTS if os.environ.get(name)}
-    return Queue(
-        source=where.source,
-        python=where.python,
-        commit=where.commit,
-        dirty=where.dirty,
-        data=data.resolve(),
-        results=target.resolve(),
-        table=table and table.resolve(),
-        variables=variables,
-        undisturbed=undisturbed,
-        entries=[],
-    )
-
-
 # ----------------------------------------------------------------------------------------------- commands
 
 
@@ -229,69 +157,24 @@ def run(
         if len(chosen) > 1 and not dry_run:
             raise UsageError(f"{row} stands for {', '.join(one.name for one in chosen)}: name one, or use queue")
         where = environment.here(ROOT)
-        queue = queue_of(where, data, target, table)
-        entries = entries_of(
-            chosen, None if seed is None else [seed], epochs, steps, device, threads, stock, fresh, force
-        )
+        queue = empty_queue(where, data, target, table)
+        seeds = None if seed is None else [seed]
+        entries = Request(seeds, epochs, steps, device, threads, stock, fresh, force).entries(chosen)
         if dry_run:
-            check_commands([queue.job(entry, Path(tempfile.gettempdir(), "none")) for entry in entries])
+            # None of them has begun there.
+            dry_runs.show_and_check([queue.job(entry, Path(tempfile.gettempdir(), "none")) for entry in entries])
             return
         (entry,) = entries
         job = queue.job(entry, state_of(state).folder)
         execution.check(job, queue.data)
         results.check_free(queue.results, entry.row, entry.seed, entry.length, force)
         with execution.prepared(job, queue.data, where.commit, where.dirty, fresh) as record:
-            execution.run(job, record, idle=False, watch=showing(job))
+            execution.run(job, record, idle=False, watch=display.following(job))
             result = execution.finish(job, record, queue.results, undisturbed=True)
         say(f"{result.row}, seed {result.seed}, {result.label}")
         for name, value in result.metrics.items():
             print(f"{name.replace('_', ' ')} {value:.2f}")
         say(f"written to {results.folder_of(queue.results, entry.row, entry.seed)}")
-
-
-def showing(job: Job) -> Callable[[Program], None]:
-    """Prints what the steps of a job write, as they write it."""
-    shown = {path: path.stat().st_size for path in job.folder.glob("*.log")}
-
-    def watch(program: Program) -> None:
-        for path in job.folder.glob("*.log"):
-            with path.open("rb") as file:
-                file.seek(shown.get(path, 0))
-                written = file.read()
-            shown[path] = shown.get(path, 0) + len(written)
-            sys.stderr.buffer.write(written)
-            sys.stderr.buffer.flush()
-
-    return watch
-
-
-def check_commands(jobs: list[Job]) -> None:
-    """Print the commands of jobs, and have their programs parse them; UsageError if one does not."""
-    commands = []
-    for job in jobs:
-        found = commands_of(job)
-        print(*(job.shown(one["command"]) for one in found), sep="\n")
-        commands += found
-    if problems := problems_of(commands, jobs[0]):
-        raise UsageError("; ".join(problems))
-
-
-def commands_of(job: Job) -> list[dict[str, Any]]:
-    """The commands of a job that has not begun, with their variables; UsageError if its host is not here."""
-    system = SYSTEMS[job.row.system]
-    if problem := system.problem(job):
-        raise UsageError(f"{job.row.name}: {problem}")
-    steps = [system.step(job, name) for name in system.steps(job)]
-    return [{"command": step.command, "variables": dict(step.variables)} for step in steps]
-
-
-def problems_of(commands: list[dict[str, Any]], job: Job) -> list[str]:
-    """What the programs find wrong with commands, parsed by the interpreter of ``job``."""
-    checker = job.script("reproduction/check_commands.py")
-    done = subprocess.run(checker, input=json.dumps(commands), env=job.environment(), stdout=subprocess.PIPE, text=True)
-    if done.returncode and not done.stdout:
-        return [f"the commands could not be checked (status {done.returncode})"]
-    return done.stdout.splitlines()
 
 
 @app.command()
@@ -324,86 +207,26 @@ def queue(
     with told_in_one_line():
         kept = state_of(state)
         chosen = rows.select(names, table_of(table))
-        wanted = entries_of(chosen, seed, epochs, steps, device, threads, stock, fresh, force)
+        wanted = Request(seed, epochs, steps, device, threads, stock, fresh, force).entries(chosen)
         if kept.worker() is not None:
             if not add:
                 raise kept.refusal()
-            add_to(kept, wanted)
+            say(f"added {starting.add(kept, wanted)} runs to the queue in {kept.folder}")
             return
         if add:
             raise UsageError(f"--add: no queue is running in {kept.folder}")
         old = None if clear else kept.load()
-        where = environment_of(kept, old, commit, here)
-        made = queue_of(where, data, target, table, undisturbed)
-        made.entries = [entry for entry in old.entries if entry.is_open] if old else []
-        made.entries += [entry for entry in wanted if not any(entry.is_same_run(other) for other in made.entries)]
-        check_entries(made, wanted, kept)
-        kept.save(made)
-        start(kept, made, background)
-
-
-def environment_of(state: State, old: Queue | None, commit: str | None, here: bool) -> Environment:
-    """Where a queue runs from: what is asked for, which must be that of runs which are left.
-
-    Raises:
-        UsageError: it is not, or cannot be had.
-    """
-    left = old is not None and any(entry.is_open for entry in old.entries)
-    if here:
-        if commit is not None:
-            raise UsageError("--here or --commit? The former takes the checkout as it is")
-        where = environment.here(ROOT)
-    else:
-        named = commit or (old.commit if old is not None and left else "HEAD")
-        where = environment.at_commit(ROOT, environment.commit_named(ROOT, named), state.folder / "environments", say)
-    if old is not None and left and (old.commit, old.source) != (where.commit, where.source):
-        raise UsageError(
-            f"the queue in {state.folder} has unfinished runs of commit {old.commit[:12]} in {old.source}: "
-            "name the same, or --clear drops them"
-        )
-    return where
-
-
-def check_entries(made: Queue, wanted: list[Entry], state: State) -> None:
-    """See that hosts and data are there and results are free, before hours are spent; UsageError if not."""
-    for entry in wanted:
-        execution.check(made.job(entry, state.folder), made.data)
-        results.check_free(made.results, entry.row, entry.seed, entry.length, entry.force)
-
-
-def add_to(state: State, wanted: list[Entry]) -> None:
-    """Add runs to the queue that is running."""
-    with state.changing() as running:
-        check_entries(running, wanted, state)
-        new = [entry for entry in wanted if not any(entry.is_same_run(o) and o.is_open for o in running.entries)]
-        running.entries = [o for o in running.entries if not any(entry.is_same_run(o) for entry in new)] + new
-    say(f"added {len(new)} runs to the queue in {state.folder}")
-
-
-def start(state: State, made: Queue, background: bool) -> None:
-    """Work the queue off, by the interpreter and scripts that it runs from."""
-    if state.paused:
-        say("the queue is paused; continue goes on with it")
-    command = [str(made.python), str(made.source / "scripts" / "reproduce.py"), "work", "--state", str(state.folder)]
-    if not background:
-        os.execv(command[0], command)
-    with state.log.open("ab") as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=state.folder
-        )
-    deadline = time.monotonic() + _PATIENCE
-    while state.worker() is None and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if process.poll() not in (None, 0):
-        raise UsageError(f"the queue did not start; see {state.log}")
-    say(f"running in the background, process {process.pid}; {state.log} and status tell how it goes")
+        where = starting.environment_of(ROOT, kept, old, commit, here, say)
+        made = empty_queue(where, data, target, table, undisturbed)
+        starting.fill(made, old, wanted, kept)
+        starting.start(kept, made, background, say)
 
 
 @app.command(hidden=True)
 def work(state: StateOption = None) -> None:
     """Work the queue off; what queue and continue start."""
     with told_in_one_line():
-        if not work_off(state_of(state), say):
+        if not worker.work(state_of(state), say):
             raise typer.Exit(1)
 
 
@@ -416,8 +239,8 @@ def status(state: StateOption = None) -> None:
         if loaded is None:
             say(f"there is no queue in {kept.folder}")
             return
-        worker = kept.worker()
-        running = f"process {worker.pid}" if worker else "not running: continue takes it up"
+        process = kept.worker()
+        running = f"process {process.pid}" if process else "not running: continue takes it up"
         paused = "; paused" if kept.paused else ""
         _out.print(f"{kept.folder}: {running}{paused}; commit {loaded.commit[:12]}", markup=False)
         saved = list(results.scan(loaded.results))
@@ -433,11 +256,11 @@ def pause(state: StateOption = None) -> None:
             raise UsageError(f"there is no queue in {kept.folder}")
         kept.paused = True
         deadline = time.monotonic() + _PATIENCE
-        while (worker := kept.worker()) is not None and not worker.held:
+        while (process := kept.worker()) is not None and not process.held:
             if time.monotonic() > deadline:
-                raise UsageError(f"process {worker.pid} does not hold its run; see {kept.log}")
+                raise UsageError(f"process {process.pid} does not hold its run; see {kept.log}")
             time.sleep(0.1)
-        say("paused; its memory stays in use" if worker is not None else "paused; no queue is running")
+        say("paused; its memory stays in use" if process is not None else "paused; no queue is running")
 
 
 @app.command("continue")
@@ -459,7 +282,7 @@ def continue_(
         elif kept.next() is None:
             say("nothing is left to do")
         else:
-            start(kept, loaded, background)
+            starting.start(kept, loaded, background, say)
 
 
 @app.command()

@@ -1,15 +1,18 @@
-"""What ``reproduce.py list`` and ``status`` show."""
+"""What ``reproduce.py`` shows: rows, the queue, and what a run writes."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 from rich.table import Table
 
 from .estimates import Estimates, in_words
+from .job import Job
 from .queueing import Entry, Queue, State
 from .results import Saved, seconds_per_unit
 from .rows import Row
+from .supervision import Program, Watch
 from .systems import SYSTEMS
 
 _PROGRAMS = {
@@ -76,3 +79,19 @@ def _left(queue: Queue, state: State, entry: Entry, done: int, estimates: Estima
     estimate = estimates.of(row, entry.stock)
     each = own if own is not None else estimate.seconds_per_unit if estimate else None
     return None if each is None else each * max(0, entry.length - done)
+
+
+def following(job: Job) -> Watch:
+    """Prints what the steps of a job write into their logs, as they write it."""
+    shown = {path: path.stat().st_size for path in job.folder.glob("*.log")}
+
+    def watch(program: Program) -> None:
+        for path in job.folder.glob("*.log"):
+            with path.open("rb") as file:
+                file.seek(shown.get(path, 0))
+                written = file.read()
+            shown[path] = shown.get(path, 0) + len(written)
+            sys.stderr.buffer.write(written)
+            sys.stderr.buffer.flush()
+
+    return watch

@@ -23,7 +23,7 @@ pytest.importorskip("typer")
 pytest.importorskip("yaml")
 import reproduce
 import yaml
-from reproduction import results, rows, supervision
+from reproduction import dry_run, environment, requests, results, rows, supervision
 from reproduction.job import attempts
 from reproduction.queueing import State
 from reproduction.systems import SYSTEMS
@@ -253,16 +253,15 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | 
     for name, variable in (("awd-lstm-lm", "AWD_LSTM_DIR"), ("targer", "TARGER_DIR")):
         if variable not in os.environ and (HOSTS / name).is_dir():
             patch.setenv(variable, str(HOSTS / name))
-    where = reproduce.environment.here(ROOT)
-    queue = reproduce.queue_of(where, folder, folder, None)
-    for entry in reproduce.entries_of(list(rows.ROWS), None, None, None, "cpu", 1, False, False, False):
+    queue = requests.empty_queue(environment.here(ROOT), folder, folder, None)
+    for entry in requests.Request(threads=1).entries(list(rows.ROWS)):
         job = queue.job(entry, folder)
         if SYSTEMS[job.row.system].problem(job) is None:
-            commands[entry.row], last = reproduce.commands_of(job), job
+            commands[entry.row], last = dry_run.commands_of(job), job
     found: dict[str, list[str] | None] = {row.name: None for row in rows.ROWS}
     if last is not None:
         wrong = [{**those[0], "command": [*those[0]["command"], "--no-such"]} for those in commands.values()]
-        told = reproduce.problems_of([one for those in (*commands.values(), wrong) for one in those], last)
+        told = dry_run.problems_of([one for those in (*commands.values(), wrong) for one in those], last)
         assert sum("--no-such: " in line for line in told) == len(wrong), "an option that no program has is found"
         for row, those in commands.items():
             found[row] = [
@@ -282,11 +281,11 @@ def test_every_rows_commands_are_valid(row: str, problems: dict[str, list[str] |
 
 def test_a_dry_run_prints_what_users_type(program: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
     # What the programs say is the test before.
-    monkeypatch.setattr(reproduce, "problems_of", lambda commands, job: [])
+    monkeypatch.setattr(dry_run, "problems_of", lambda commands, job: [])
     lines = program("run", "tiny/nr_st", "--dry-run", "--epochs", 2).stdout.splitlines()
     assert len(lines) == 1
     assert lines[0].startswith("python scripts/zaremba_main.py ") and lines[0].endswith("--epochs 2")
-    monkeypatch.setattr(reproduce, "problems_of", lambda commands, job: ["no such option"])
+    monkeypatch.setattr(dry_run, "problems_of", lambda commands, job: ["no such option"])
     assert refused(program("run", "tiny/nr_st", "--dry-run", status=2)) == "error: no such option"
 
 
