@@ -76,7 +76,8 @@ def told_in_one_line() -> Iterator[None]:
         say(f"error: {error}")
         raise typer.Exit(2) from None
     except OSError as error:
-        say(f"error: {error.filename or ''}: {error.strerror or error}")
+        where = f"{error.filename}: " if error.filename else ""
+        say(f"error: {where}{error.strerror or error}")
         raise typer.Exit(2) from None
     except RunError as error:
         say(f"error: {error}")
@@ -258,7 +259,8 @@ def pause(state: StateOption = None) -> None:
         deadline = time.monotonic() + _PATIENCE
         while (process := kept.worker()) is not None and not process.held:
             if time.monotonic() > deadline:
-                raise UsageError(f"process {process.pid} does not hold its run; see {kept.log}")
+                say(f"process {process.pid} is between two programs, and will hold the next")
+                return
             time.sleep(0.1)
         say("paused; its memory stays in use" if process is not None else "paused; no queue is running")
 

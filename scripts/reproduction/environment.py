@@ -18,6 +18,8 @@ from sd_plugin.errors import UsageError
 
 #: What the programs of all rows need, of pyproject.toml's extras.
 _EXTRAS = "opennmt-unpinned,demo,ner,reproduce"
+#: What runs take from a checkout. A new result in it, for one, is no change of what comes after.
+_TAKEN = ("sd_plugin", "kernels", "patches", "scripts", "configs", "setup.py", "pyproject.toml")
 _OPENNMT = "OpenNMT-py==3.5.1"
 
 Say = Callable[[str], None]
@@ -30,7 +32,7 @@ class Environment:
     Attributes:
         source: the root of scripts and configurations.
         python: the interpreter.
-        commit: 40 digits, or ``unknown``; dirty: whether ``source`` has changes besides.
+        commit: 40 digits, or ``unknown``; dirty: whether what runs take from ``source`` has changes besides.
     """
 
     source: Path
@@ -50,7 +52,7 @@ def _git(root: Path, *arguments: str) -> bytes | None:
 
 def here(root: Path) -> Environment:
     """This checkout and interpreter as they are."""
-    head, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain")
+    head, changes = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--porcelain", "--", *_TAKEN)
     commit = head.decode().strip() if head else "unknown"
     # Not resolved: a virtual environment's interpreter is a link to one that knows nothing of it.
     return Environment(root, Path(sys.executable), commit, bool(changes))

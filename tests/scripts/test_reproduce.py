@@ -136,8 +136,8 @@ def is_gone(pid: int) -> bool:
 def without_times(saved: results.Saved) -> tuple[Any, ...]:
     """What must be equal of two runs of the same training."""
     curve = [{name: value for name, value in point.items() if name != "seconds"} for point in saved.curve]
-    kept = saved.result.model_dump(exclude={"seconds", "undisturbed", "date", "notes", "hints_lost", "command"})
-    return kept, curve
+    result = saved.result
+    return curve, result.metrics, result.length, result.full, result.skipped, result.backend
 
 
 # ------------------------------------------------------------------------------------- runs and the queue

@@ -458,6 +458,10 @@ def test_a_commit_is_exported_without_the_edits_of_the_checkout(
     assert made.commit == commit and not made.dirty and environment.here(repository).dirty
     assert environment.at_commit(repository, commit, tmp_path / "environments", lambda text: None) == made
     assert len(installed) == 1, "it is made once"
+    (repository / "scripts" / "reproduce.py").write_text("committed\n")
+    (repository / "docs").mkdir()
+    (repository / "docs" / "results.md").write_text("a new result\n")
+    assert not environment.here(repository).dirty, "runs take nothing from there"
     before = environment.commit_named(repository, "HEAD~1")
     with pytest.raises(UsageError, match=r"has no scripts/reproduce\.py: name a later one with --commit"):
         environment.at_commit(repository, before, tmp_path / "environments", lambda text: None)

@@ -53,7 +53,8 @@ class OpenNMT(System):
             command += ["-src", source, "-output", f"hypotheses.{at}.txt"]
             return Step([*command, "-gpu", "0"] if job.on_gpu else command)
         # The text is tokenised already.
-        return Step([job.program("sacrebleu"), target, "-i", f"hypotheses.{at}.txt", "--tokenize", "none"])
+        command = [job.program("sacrebleu"), target, "-i", f"hypotheses.{at}.txt", "--tokenize", "none"]
+        return Step([*command, "--width", "2"])
 
     def _training(self, job: Job) -> Step:
         config, length = _config(job), job.length
