@@ -34,7 +34,7 @@ HOSTS = ROOT.parent / "hosts"
 #: Of the tiny rows, and of the shortened run.
 EPOCHS, LENGTH = 20, 16
 #: Seconds in which a loaded machine does what is waited for.
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs are held by signals of Linux")
 
