@@ -264,5 +264,6 @@ def _interruptions(job: Job, record: Record) -> list[str]:
     if record.held >= 1.0:
         notes.append(f"paused for {record.held:,.0f} s, which are in the seconds")
     if record.interrupted and (repeated := SYSTEMS[job.row.system].repeated):
-        notes.append(f"interrupted {record.interrupted} times; repeated: {repeated}")
+        times = "once" if record.interrupted == 1 else f"{record.interrupted} times"
+        notes.append(f"interrupted {times}; repeated: {repeated}")
     return notes

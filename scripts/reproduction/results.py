@@ -173,9 +173,9 @@ def _read_curve(path: Path, unit: str) -> list[Point]:
 
 def scan(results: Path) -> Iterator[Saved]:
     """Every result below a folder, in the order of their names; errors as :func:`load`."""
-    for path in sorted(results.rglob("seed*")):
-        if path.is_dir():
-            yield load(path)
+    # The result is written last: a folder without one is being written, or its run was killed as it wrote.
+    for path in sorted(results.rglob(f"seed*/{RESULT}")):
+        yield load(path.parent)
 
 
 def check_free(results: Path, row: str, seed: int, length: int, force: bool) -> None:
@@ -185,7 +185,7 @@ def check_free(results: Path, row: str, seed: int, length: int, force: bool) -> 
         UsageError: there is one as long or longer, and ``force`` is not given; or something else is there.
     """
     folder = folder_of(results, row, seed)
-    if force or not folder.exists():
+    if force or not (folder / RESULT).exists():
         return
     there = load(folder).result
     if there.length >= length or there.full:

@@ -143,6 +143,7 @@ def without_times(saved: results.Saved) -> tuple[Any, ...]:
 # ------------------------------------------------------------------------------------- runs and the queue
 
 
+@pytest.mark.slow
 def test_a_queue_is_paused_killed_and_continued_to_the_same_result(
     program: Callable[..., Result], tmp_path: Path
 ) -> None:

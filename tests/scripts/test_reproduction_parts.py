@@ -179,6 +179,10 @@ def test_a_longer_run_may_replace_a_shorter_result_and_no_other(tmp_path: Path) 
     with pytest.raises(UsageError, match=r"holds a result already \(shortened: 15 of 39 epochs\); --force replaces it"):
         results.check_free(tmp_path, short.row, 1234, 15, force=False)
     results.check_free(tmp_path, short.row, 1234, 15, force=True)
+    # Killed between the two files: the run goes on, and writes both again.
+    (tmp_path / short.row / "seed1234" / "result.json").unlink()
+    results.check_free(tmp_path, short.row, 1234, 15, force=False)
+    assert list(results.scan(tmp_path)) == []
 
 
 def test_committed_results_are_valid() -> None:
