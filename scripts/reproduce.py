@@ -42,10 +42,10 @@ except ImportError:
 
 from reproduction import display, environment, execution, results, rows, starting, worker
 from reproduction import dry_run as dry_runs
+from reproduction.asking import Request, empty_queue
 from reproduction.estimates import Estimates
 from reproduction.execution import RunError
 from reproduction.queueing import State
-from reproduction.requests import Request, empty_queue
 from reproduction.rows import Row
 
 from sd_plugin.errors import UsageError

@@ -15,7 +15,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    # As a program: its siblings are in the folder above. This one's modules have names that other libraries import.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 Arguments = list[str]
 

@@ -9,7 +9,9 @@ PyTorch's own modules, which zaremba_main.py uses.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    # As a program: its siblings are in the folder above. This one's modules have names that other libraries import.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import zaremba_main
 from torch import Tensor, nn

@@ -6,6 +6,11 @@ python facts.py DEVICE
 
 import json
 import sys
+from pathlib import Path
+
+if not __package__:
+    # As a program: its siblings are in the folder above. This one's modules have names that other libraries import.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -23,7 +23,7 @@ pytest.importorskip("typer")
 pytest.importorskip("yaml")
 import reproduce
 import yaml
-from reproduction import dry_run, environment, requests, results, rows, supervision
+from reproduction import asking, dry_run, environment, results, rows, supervision
 from reproduction.job import attempts
 from reproduction.queueing import State
 from reproduction.systems import SYSTEMS
@@ -254,8 +254,8 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | 
     for name, variable in (("awd-lstm-lm", "AWD_LSTM_DIR"), ("targer", "TARGER_DIR")):
         if variable not in os.environ and (HOSTS / name).is_dir():
             patch.setenv(variable, str(HOSTS / name))
-    queue = requests.empty_queue(environment.here(ROOT), folder, folder, None)
-    for entry in requests.Request(threads=1).entries(list(rows.ROWS)):
+    queue = asking.empty_queue(environment.here(ROOT), folder, folder, None)
+    for entry in asking.Request(threads=1).entries(list(rows.ROWS)):
         job = queue.job(entry, folder)
         if SYSTEMS[job.row.system].problem(job) is None:
             commands[entry.row], last = dry_run.commands_of(job), job
