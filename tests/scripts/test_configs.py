@@ -17,6 +17,7 @@ PAIRS = [
     ("iwslt_deen", "iwslt_deen_sd", "nr_rh_st"),
     ("iwslt_envi", "iwslt_envi_nr_st", "nr_st"),
     ("iwslt_envi", "iwslt_envi_sd", "nr_rh_st"),
+    ("multi30k", "multi30k_nr_st", "nr_st"),
     ("multi30k", "multi30k_sd", "nr_rh_st"),
     ("demo", "demo_sd", "nr_rh_st"),
 ]
