@@ -11,6 +11,7 @@ VARIABLE = "SD_PLUGIN"
 TARGETS_VARIABLE = "SD_PLUGIN_TARGETS"
 CASE_VARIABLE = "SD_PLUGIN_CASE"
 RECURRENT_VARIABLE = "SD_PLUGIN_RECURRENT_DROPOUT"
+CHECK_VARIABLE = "SD_PLUGIN_CHECK"
 MODES = ("random", "nr_st", "nr_rh_st")
 CASES = ("I", "II", "III", "IV")
 # What SD_PLUGIN_TARGETS takes: the hosts, each by the name of its patch module (but `torch` is `torch_nn`).
@@ -133,3 +134,16 @@ def read_recurrent_dropout(environ: "Mapping[str, str]") -> "float | None":
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{RECURRENT_VARIABLE}={text!r} must be a number in [0, 1)")
     return value
+
+
+def read_check(environ: "Mapping[str, str]") -> bool:
+    """Whether `SD_PLUGIN_CHECK` asks for hints to be verified; False when it is unset.
+
+    Raises:
+        ValueError: it says neither yes nor no.
+    """
+    text = environ.get(CHECK_VARIABLE, "").strip()
+    value = text.lower()
+    if value not in ("", *_OFF, *_ON):
+        raise ValueError(f"{CHECK_VARIABLE}={text!r} is not understood; valid: {', '.join((*_OFF, *_ON))}")
+    return value in _ON

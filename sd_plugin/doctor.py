@@ -18,6 +18,7 @@ from . import __version__, _autoload
 from ._environment import (
     CASE_VARIABLE,
     CASES,
+    CHECK_VARIABLE,
     MODES,
     RECURRENT_VARIABLE,
     TARGETS,
@@ -25,6 +26,7 @@ from ._environment import (
     VARIABLE,
     Switch,
     read_case,
+    read_check,
     read_recurrent_dropout,
     read_switch,
 )
@@ -37,6 +39,7 @@ VARIABLES = {
     CASE_VARIABLE: f"how units are dropped, of {', '.join(CASES)} (Fig. 1 of the paper); not set: III",
     RECURRENT_VARIABLE: "recurrent dropout for targets torch and targer; not set: that of the dropout around the LSTM",
     "SD_PLUGIN_BACKEND": "auto (default), or forces a backend",
+    CHECK_VARIABLE: "1: compares what is skipped with the data, to find writes that torch does not count; slow",
     "SD_PLUGIN_REPORT": "1: counters of what was dropped and skipped, when a program ends",
     "SD_PLUGIN_CUDA_RECURRENCE": "persistent or steps: how an LSTM layer runs on a GPU; not set: whichever fits",
     "SD_PLUGIN_CUDA_PRODUCTS": "skip or dense: how products run on a GPU; not set: what should be faster",
@@ -180,7 +183,7 @@ def _variable(name: str, environ: Mapping[str, str]) -> dict[str, str | None]:
 
 def _problem(environ: Mapping[str, str]) -> str | None:
     """What is wrong with a setting that patches read, in words."""
-    for read in (read_case, read_recurrent_dropout):
+    for read in (read_case, read_recurrent_dropout, read_check):
         try:
             read(environ)
         except ValueError as error:
