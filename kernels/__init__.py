@@ -14,7 +14,7 @@ from .decoder import (
     decoder_forward,
     has_decoder,
 )
-from .dispatch import BACKENDS, BackendError, choose, fallbacks, forced, status
+from .dispatch import BACKENDS, BackendError, choose, choose_for, fallbacks, forced, status
 from .kept import Kept
 from .ops import (
     LSTMGradients,
@@ -34,6 +34,7 @@ from .ops import (
     lstm_pack,
 )
 from .steps import TIME_MAJOR, Steps
+from .storage import has_memory, place
 
 __all__ = [
     "BACKENDS",
@@ -51,6 +52,7 @@ __all__ = [
     "Steps",
     "Wanted",
     "choose",
+    "choose_for",
     "cross_entropy_backward",
     "cross_entropy_forward",
     "decoder_backward",
@@ -62,9 +64,11 @@ __all__ = [
     "gemm_pack",
     "gemm_wg",
     "has_decoder",
+    "has_memory",
     "kept_lists",
     "lstm_backward",
     "lstm_forward",
     "lstm_pack",
+    "place",
     "status",
 ]

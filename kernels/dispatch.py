@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .storage import has_memory
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -37,6 +39,9 @@ class BackendError(RuntimeError):
 
 class Backend(Protocol):
     """What a backend's module offers; arguments are checked before it is called.
+
+    Results are memory of their own: no views, since torch forbids to write into a view that an autograd function
+    returns, and not the memory of what a backward call reads, since a write there would go unseen.
 
     It may also have ``kept_lists``, and ``decoder_forward`` and ``decoder_backward`` (:mod:`.decoder`).
     """
@@ -157,3 +162,23 @@ def choose(operation: str, device: torch.device, dtype: torch.dtype, counted: bo
         if counted:
             fallbacks[operation, candidate, reason] += 1
     raise BackendError(f"no backend can do {operation} on {device.type} {dtype}")
+
+
+def choose_for(operation: str, tensor: Tensor, counted: bool = True) -> Backend:
+    """The backend for ``operation`` on operands like ``tensor``; arguments as of :func:`choose`.
+
+    One that has no memory (fake, meta) goes to the reference, whose plain operations of torch give its shapes.
+
+    Raises:
+        BackendError: as :func:`choose`. RuntimeError: a ``torch.func`` transform or ``is_grads_batched`` wraps it.
+    """
+    if has_memory(tensor):
+        return choose(operation, tensor.device, tensor.dtype, counted)
+    if forced() not in (None, "reference"):
+        raise BackendError(f"{VARIABLE}={forced()} cannot do {operation}: a {type(tensor).__name__} has no memory")
+    backend, _ = _load("reference")
+    assert backend is not None
+    reason = backend.reason_unsupported(operation, tensor.device, tensor.dtype)
+    if reason:
+        raise BackendError(f"no backend can do {operation}: {reason}")
+    return backend

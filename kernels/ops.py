@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from . import reference
-from .dispatch import Backend, choose
+from .dispatch import Backend, choose_for
 from .kept import Kept
 from .steps import TIME_MAJOR, Steps
+from .storage import has_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def kept_lists(noise: Tensor, count: int | None, p: float, scale: float) -> tupl
     """
     if noise.dim() != 2 or (count is not None and not 0 <= count <= noise.shape[1]):
         raise ValueError(f"need noise [T, H] with H >= count, got {tuple(noise.shape)} and {count}")
-    backend = choose("kept_lists", noise.device, noise.dtype, counted=False)
+    backend = choose_for("kept_lists", noise, counted=False)
     # A CPU sorts as fast as torch does.
     made = getattr(backend, "kept_lists", reference.kept_lists)
     return made(noise, count, p, scale)
@@ -149,7 +150,7 @@ def gemm_wg(x: Tensor, dy: Tensor, kept: Kept | None = None, steps: Steps = TIME
         raise ValueError(f"x {tuple(x.shape)} and dy {tuple(dy.shape)} differ in rows")
     _check_same_kind("dy", dy, x)
     _check_kept("kept", kept, steps.count(x), x.shape[-1], x)
-    return choose("gemm_wg", x.device, x.dtype).gemm_wg(x, dy, kept, steps)
+    return choose_for("gemm_wg", x).gemm_wg(x, dy, kept, steps)
 
 
 def cross_entropy_forward(
@@ -176,11 +177,12 @@ def cross_entropy_forward(
     if target.dtype != torch.int64 or target.device != logits.device:
         raise TypeError(f"target must be int64 on {logits.device}, got {target.dtype} on {target.device}")
     columns = logits.shape[1]
-    if target.device.type == "cpu":  # elsewhere the kernel looks: to ask here would be to wait for the device
+    # Elsewhere the kernel looks: to ask here would be to wait for the device.
+    if target.device.type == "cpu" and has_memory(target):
         wrong = (target != ignore_index) & ((target < 0) | (target >= columns))
         if wrong.any():
             raise IndexError(f"Target {int(target[wrong][0])} is out of bounds.")
-    backend = choose("cross_entropy", logits.device, logits.dtype)
+    backend = choose_for("cross_entropy", logits)
     return backend.cross_entropy_forward(logits, target, ignore_index, label_smoothing)
 
 
@@ -195,7 +197,7 @@ def cross_entropy_backward(
     for name, tensor in (("lse", lse), ("scale", scale)):
         if tensor.shape != logits.shape[:1]:
             raise ValueError(f"{name} must be [{logits.shape[0]}], got {tuple(tensor.shape)}")
-    backend = choose("cross_entropy", logits.device, logits.dtype)
+    backend = choose_for("cross_entropy", logits)
     return backend.cross_entropy_backward(logits, target, ignore_index, label_smoothing, lse, scale)
 
 
@@ -236,7 +238,7 @@ def lstm_pack(
             raise ValueError(f"{name} must be [{4 * hidden}], got {tuple(bias.shape)}")
         if bias is not None:
             _check_same_kind(name, bias, weight_ih)
-    backend = choose("lstm", weight_ih.device, weight_ih.dtype)
+    backend = choose_for("lstm", weight_ih)
     data = backend.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh)
     return PackedWeights(backend, data, weight_ih.shape[1], hidden, weight_ih.dtype, weight_ih.device)
 
@@ -363,7 +365,7 @@ def _check_lstm(
 def _packed(operation: str, weight_t: Tensor | PackedMatrix) -> PackedMatrix:
     if isinstance(weight_t, PackedMatrix):
         return weight_t
-    backend = choose(operation, weight_t.device, weight_t.dtype)
+    backend = choose_for(operation, weight_t)
     shape = (weight_t.shape[0], weight_t.shape[1])
     return PackedMatrix(backend, backend.gemm_pack(weight_t), shape, weight_t.dtype, weight_t.device)
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype autocast runs products in on this device type; None when autocast is off."""
+    if device_type == "meta":  # which has no autocast, and raises if it is asked
+        return None
     if hasattr(torch, "get_autocast_dtype"):
         return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     # torch < 2.4 has one pair of functions per device type.

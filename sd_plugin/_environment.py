@@ -12,6 +12,7 @@ TARGETS_VARIABLE = "SD_PLUGIN_TARGETS"
 CASE_VARIABLE = "SD_PLUGIN_CASE"
 RECURRENT_VARIABLE = "SD_PLUGIN_RECURRENT_DROPOUT"
 REPORT_VARIABLE = "SD_PLUGIN_REPORT"
+CHECK_VARIABLE = "SD_PLUGIN_CHECK"
 MODES = ("random", "nr_st", "nr_rh_st")
 CASES = ("I", "II", "III", "IV")
 # What SD_PLUGIN_TARGETS takes: the hosts, each by the name of its patch module (but `torch` is `torch_nn`).
@@ -137,12 +138,26 @@ def read_recurrent_dropout(environ: "Mapping[str, str]") -> "float | None":
 
 
 def read_report(environ: "Mapping[str, str]") -> bool:
-    """Whether `SD_PLUGIN_REPORT` asks for the report when a program ends: it is set, and not `0`.
+    """Whether `SD_PLUGIN_REPORT` asks for the report when a program ends; False when it is unset.
 
     Raises:
         ValueError: it says neither yes nor no.
     """
-    text = environ.get(REPORT_VARIABLE, "")
-    if text not in ("", "0") and text.strip().lower() not in _ON:
-        raise ValueError(f"{REPORT_VARIABLE}={text!r} prints the report; valid: 0 (which does not), {', '.join(_ON)}")
-    return text not in ("", "0")
+    return _read_yes_or_no(environ, REPORT_VARIABLE)
+
+
+def read_check(environ: "Mapping[str, str]") -> bool:
+    """Whether `SD_PLUGIN_CHECK` asks for hints to be verified; False when it is unset.
+
+    Raises:
+        ValueError: it says neither yes nor no.
+    """
+    return _read_yes_or_no(environ, CHECK_VARIABLE)
+
+
+def _read_yes_or_no(environ: "Mapping[str, str]", variable: str) -> bool:
+    text = environ.get(variable, "").strip()
+    value = text.lower()
+    if value not in ("", *_OFF, *_ON):
+        raise ValueError(f"{variable}={text!r} is not understood; valid: {', '.join((*_OFF, *_ON))}")
+    return value in _ON

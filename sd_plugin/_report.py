@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 
-REPORT_VARIABLE = "SD_PLUGIN_REPORT"
+from ._environment import read_report
+
 #: (what was left, a detail of it or None) -> how often.
 counts: dict[tuple[str, object], int] = {}
 #: What patches that are on cannot even count, in words; empty if no patch says so.
@@ -18,7 +19,11 @@ MOST_DETAILS = 6
 
 def is_asked_for() -> bool:
     """The environment wants the whole report at exit."""
-    return os.environ.get(REPORT_VARIABLE, "") not in ("", "0")
+    try:
+        return read_report(os.environ)
+    except ValueError:
+        # Whoever sets it to something wants to see something; `sd-plugin doctor` tells what is valid.
+        return True
 
 
 def count(what: str, detail: object = None) -> None:

@@ -5,16 +5,16 @@ The embedding's product is taken over all steps at once, and every weight gradie
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _stash, hints, kernels
+from . import _check, _stash, hints, kernels
 from ._autocast import autocast_dtype
 from ._compile import opaque
 from .functional import Operand, once_differentiable, pack_parameters
-from .kernels import DecoderPatterns, DecoderWeights, Kept, Steps
+from .kernels import DecoderPatterns, DecoderWeights, Kept, Steps, has_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,7 @@ class _Call:
     """The part of a decoder's call that is not differentiated."""
 
     patterns: DecoderPatterns
+    embedding: Operand
     counted: list[tuple[Operand, int, int]]  #: operand of a product, its rows and columns
     backend: str
 
@@ -70,12 +71,19 @@ class _AttentionalDecoder(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         emb, memory, lengths, state, weights, saved = _stash.saved(ctx)
         call: _Call = ctx.call
+        patterns = call.patterns
         h0, c0, feed = state
+        if _check.ENABLED:
+            call.embedding.check(emb, _BATCH_FIRST, "at the backward pass")
+        if ctx.needs_input_grad[0] and call.embedding.is_read:
+            # What was saved holds kept columns only, and to run it again is as rare as that somebody looks.
+            patterns = replace(patterns, embedding=None)
+            saved = kernels.decoder_forward(weights, emb, memory, lengths, state, patterns).saved
         dy = emb.new_zeros(*emb.shape[:2], feed.shape[1]) if dy is None else dy
         dstate = (torch.zeros_like(h0) if dh_n is None else dh_n, torch.zeros_like(c0) if dc_n is None else dc_n)
         wanted = ctx.needs_input_grad[8:]
         grads = kernels.decoder_backward(
-            weights, dy, dstate, dalign, emb, memory, lengths, state, saved, call.patterns, any(wanted)
+            weights, dy, dstate, dalign, emb, memory, lengths, state, saved, patterns, any(wanted)
         )
         call.count(1 + any(wanted))
         gradients = (grads.emb, grads.memory, None, grads.h0, grads.c0, grads.feed0, None, None)
@@ -91,7 +99,9 @@ class _AttentionalDecoder(torch.autograd.Function):
 
 def is_available(like: Tensor) -> bool:
     """The backend for tensors like this one has the whole decoder in one piece."""
-    return autocast_dtype(like.device.type) is None and kernels.has_decoder(like.device, like.dtype)
+    if autocast_dtype(like.device.type) is not None or not has_memory(like):
+        return False
+    return kernels.has_decoder(like.device, like.dtype)
 
 
 @opaque
@@ -125,7 +135,7 @@ def attentional_decoder(
     batch, count, _ = emb.shape
     hidden, rows = feed.shape[1], batch * count
     hint = hints.lookup(emb)
-    embedding = Operand.hinted(hint if hint is not None and hint.speaks_of(emb, _BATCH_FIRST) else None)
+    embedding = Operand.hinted(hint if hint is not None and hint.speaks_of(emb, _BATCH_FIRST) else None, emb)
     recurrent, between, query, dropped = run.operands(output)
     patterns = DecoderPatterns(
         embedding.kept, _feed_pattern(dropped.kept, feed), tuple(operand.pattern for operand in between),
@@ -140,7 +150,7 @@ def attentional_decoder(
     counted += [(operand, rows, 4 * hidden) for operand in (*between, *recurrent)]
     if query_weight is not None:
         counted.append((query, rows, hidden))
-    call = _Call(patterns, counted, weights.join.backend.NAME)
+    call = _Call(patterns, embedding, counted, weights.join.backend.NAME)
     parameters = [parameter for parameters in run.parameters for parameter in parameters]
     y, h_n, c_n, align = _AttentionalDecoder.apply(
         emb, memory, lengths, *state, feed, weights, call, *parameters, query_weight, join_weight

@@ -180,7 +180,7 @@ class StackedRun:
 
     def _cell(self, layer: int, t: int, x: Tensor, state: State) -> State:
         hint = hints.lookup(x)
-        operand = Operand.hinted(hint if hint is not None and hint.kept.steps == 1 else None)
+        operand = Operand.hinted(hint if hint is not None and hint.kept.steps == 1 else None, x)
         pattern = self._recurrent[layer]
         at_t = pattern.at(t) if isinstance(pattern, Kept) else None if pattern is None else pattern[t : t + 1]
         recurrent = Operand.drawn(at_t, f"{self._stack.site}.l{layer}.recurrent")

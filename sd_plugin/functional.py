@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable as torch_once_differentiable
 
-from . import _stash, hints, kernels, stats
+from . import _check, _stash, hints, kernels, stats
 from ._autocast import cast_for_autocast, without_autocast
 from ._compile import opaque
+from ._route import Route
 from .hints import Draw, Part
-from .kernels import TIME_MAJOR, Kept, PackedWeights, Steps, Wanted
+from .kernels import TIME_MAJOR, Kept, PackedWeights, Steps, Wanted, has_memory
 from .patterns import Case
 from .patterns import draw as draw_pattern
 
@@ -26,13 +27,19 @@ if TYPE_CHECKING:
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's ``once_differentiable``, which also refuses where torch would silently treat a gradient as constant."""
+    """torch's ``once_differentiable``, which also refuses where torch would silently treat a gradient as constant.
+
+    It refuses gradients that ``is_grads_batched=True`` wraps, too.
+    """
     checked = torch_once_differentiable(backward)
 
     @functools.wraps(backward)
     def refuse_graph(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("products that skip dropped units have no double backward (create_graph=True)")
+        for gradient in gradients:
+            if gradient is not None:
+                has_memory(gradient)
         return checked(ctx, *gradients)
 
     return refuse_graph
@@ -82,15 +89,26 @@ class Operand:
     Attributes:
         pattern: kept units, a multiplier ``[T, B, K]`` (random dropout inside the product) or None (dense).
         parts: the dropouts that make the pattern up.
+        route: the way of the operand's gradient to these dropouts; None if it has none.
     """
 
     pattern: Kept | Tensor | None = None
     parts: tuple[Part, ...] = ()
+    route: Route | None = None
 
     @classmethod
-    def hinted(cls, hint: hints.Hint | None) -> Operand:
-        """What a tensor's hint says; dense without one."""
-        return cls() if hint is None else cls(hint.use(), hint.parts)
+    def hinted(cls, hint: hints.Hint | None, x: Tensor) -> Operand:
+        """What the hint of ``x`` says; dense without one.
+
+        Raises:
+            CheckError: it says what is not so, and ``SD_PLUGIN_CHECK=1`` asked to look.
+        """
+        if hint is None:
+            return cls()
+        operand = cls(hint.use(), hint.parts, hints.route(x, hint))
+        if _check.ENABLED:
+            operand.check(x.detach().reshape(hint.shape), hint.steps, "at a product")
+        return operand
 
     @classmethod
     def drawn(cls, pattern: Kept | Tensor | None, site: str) -> Operand:
@@ -106,24 +124,49 @@ class Operand:
         """The kept units; None for a dense product."""
         return self.pattern if isinstance(self.pattern, Kept) else None
 
-    def count(self, rows: int, columns: int, backend: str, products: int) -> None:
-        """Count ``products`` products of ``rows`` activations with ``columns`` outputs."""
+    @property
+    def is_read(self) -> bool:
+        """Somebody may read the operand's gradient before the dropout does, so that it has to be whole."""
+        return self.route is not None and self.route.is_read()
+
+    def check(self, x: Tensor, steps: Steps, when: str) -> None:
+        """What this operand knows of ``x``, whose rows are laid out as ``steps`` says, is so.
+
+        Raises:
+            CheckError: it is not; ``when`` is said in the message.
+        """
+        _check.check_zeros(x, self.parts, steps, when)
+
+    def count(self, rows: int, columns: int, backend: str, products: int, dense: int = 0) -> None:
+        """Count ``products`` products of ``rows`` activations with ``columns`` outputs; ``dense`` of them skip none."""
         for part in self.parts:
-            for site in {draw.site for draw in part.draws}:
-                stats.count_product(site, part.kept, rows * products, columns, backend)
+            for site in part.sites:
+                stats.count_product(site, part.kept, rows * (products - dense), columns, backend)
+                if dense:
+                    stats.count_product(site, Kept.all(1, part.kept.size), rows * dense, columns, backend)
 
 
 class _Linear(torch.autograd.Function):
     """``x Wᵀ + b`` visiting kept columns of ``x`` only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, operand: Operand, steps: Steps) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operand: Operand,
+        steps: Steps,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        rows = _shaped(x, shape)
         with without_autocast(x.device.type):
             packed = kernels.gemm_pack(weight.t())
-            y = kernels.gemm_fp(x, packed, operand.kept, steps, bias)
+            y = kernels.gemm_fp(rows, packed, operand.kept, steps, bias)
+        # The tensor that it was given, which lives as long: whoever hooks it still shows at the backward pass.
         _stash.save(ctx, x, packed)
-        ctx.operand, ctx.steps = operand, steps
-        operand.count(x[..., 0].numel(), weight.shape[0], packed.backend.NAME, 1)
+        ctx.operand, ctx.steps, ctx.shape = operand, steps, shape
+        operand.count(x.shape[:-1].numel(), weight.shape[0], packed.backend.NAME, 1)
         return y
 
     @staticmethod
@@ -131,20 +174,28 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, packed = _stash.saved(ctx)
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        kept, steps = ctx.operand.kept, ctx.steps
+        operand, steps, rows = ctx.operand, ctx.steps, _shaped(x, ctx.shape)
+        if _check.ENABLED:
+            operand.check(rows, steps, "at the backward pass")
+        kept, is_read = operand.kept, needs_x and operand.is_read
         with without_autocast(x.device.type):
-            dx = kernels.gemm_bp(dy, packed, kept, steps) if needs_x else None
-            dweight = kernels.gemm_wg(x, dy, kept, steps).t() if needs_weight else None
+            dx = _shaped(kernels.gemm_bp(dy, packed, None if is_read else kept, steps), x.shape) if needs_x else None
+            dweight = kernels.gemm_wg(rows, dy, kept, steps).t() if needs_weight else None
             dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
-        ctx.operand.count(x[..., 0].numel(), dy.shape[-1], packed.backend.NAME, needs_x + needs_weight)
-        return dx, dweight, dbias, None, None
+        operand.count(x.shape[:-1].numel(), dy.shape[-1], packed.backend.NAME, needs_x + needs_weight, is_read)
+        return dx, dweight, dbias, None, None, None
+
+
+def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x if x.shape == shape else x.reshape(shape)
 
 
 @opaque
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: bool = True) -> Tensor:
     """``torch.nn.functional.linear`` that skips the columns of ``x`` which its hint knows to be zero.
 
-    The gradient of a skipped column is zero: the dropout that zeroed it would multiply it by zero anyway.
+    The gradient of a skipped column is zero, which is what the dropout that zeroed it would make of it; unless somebody
+    may read it before the dropout does (:mod:`sd_plugin._route`).
 
     Args:
         x: ``[..., K]``; weight: ``[N, K]``; bias: ``[N]`` or None.
@@ -159,11 +210,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: boo
     hint = hints.lookup(x)
     if hint is None and native:
         return torch.nn.functional.linear(x, weight, bias)
-    rows = x.reshape(1, -1, x.shape[-1]) if hint is None else x.view(hint.shape)
+    shape = torch.Size((1, x.shape[:-1].numel(), x.shape[-1])) if hint is None else hint.shape
     steps = TIME_MAJOR if hint is None else hint.steps
-    rows, weight, bias = cast_for_autocast(rows, weight, bias)  # type: ignore[assignment]
-    y: Tensor = _Linear.apply(rows, weight, bias, Operand.hinted(hint), steps)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    operand = Operand.hinted(hint, x)
+    operands = cast_for_autocast(x, weight, bias)
+    y: Tensor = _Linear.apply(*operands, operand, steps, shape)
+    # A view only where it has to be one.
+    return _shaped(y, (*x.shape[:-1], weight.shape[0]))
 
 
 @dataclass
@@ -184,7 +237,7 @@ class LayerCall:
 
     def count(self, x: Tensor, hidden: int, backend: str, products: int) -> None:
         """Count ``products`` input products and as many recurrent ones."""
-        rows = x[..., 0].numel()
+        rows = x.shape[:-1].numel()
         self.input.count(rows, 4 * hidden, backend, products)
         self.recurrent.count(rows, 4 * hidden, backend, products)
 
@@ -219,16 +272,21 @@ class _LSTMLayer(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor | None, ...]:
         x, saved, packed = _stash.saved(ctx)
         call: LayerCall = ctx.call
+        if _check.ENABLED:
+            call.input.check(x, call.steps, "at the backward pass")
         needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh, _ = ctx.needs_input_grad
         wanted = Wanted(needs_x, needs_weight_ih, needs_weight_hh, needs_bias_ih or needs_bias_hh)
+        # A dense gradient of the weight, too, then, to which zeros add nothing.
+        is_read = needs_x and call.input.is_read
+        kept_x = None if is_read else call.input.kept
         with without_autocast(x.device.type):
             grads = kernels.lstm_backward(
-                packed, dy, dh_n, dc_n, x, saved, call.input.kept, call.recurrent.pattern, call.steps,
-                call.reverse, wanted,
-            )  # fmt: skip
+                packed, dy, dh_n, dc_n, x, saved, kept_x, call.recurrent.pattern, call.steps, call.reverse, wanted
+            )
         hidden, backend = packed.hidden_size, packed.backend.NAME
-        call.input.count(x[..., 0].numel(), 4 * hidden, backend, wanted.x + wanted.weight_ih)
-        call.recurrent.count(x[..., 0].numel(), 4 * hidden, backend, 1 + wanted.weight_hh)
+        rows, products = x.shape[:-1].numel(), wanted.x + wanted.weight_ih
+        call.input.count(rows, 4 * hidden, backend, products, products if is_read else 0)
+        call.recurrent.count(rows, 4 * hidden, backend, 1 + wanted.weight_hh)
         return (
             grads.x,
             grads.h0,

@@ -5,9 +5,12 @@ a meaning: without it the product is dense and the result the same. It is found 
 a ``view`` that keeps the rows in order, and not trusted once the tensor was modified in place (``_version``) or given
 other memory.
 
-Two things torch does not tell: a write through ``tensor.data`` (``x.data.mul_(2)``), after which the hint still counts;
-and that ``torch.autograd.grad`` asks for the gradient of the dropped tensor itself, which is zero in skipped columns.
-(A leaf that requires a gradient, and a tensor whose gradient is retained, are multiplied densely.)
+The gradient of a dropped tensor is whole where somebody reads it (:mod:`._route`): of a leaf, where it is retained,
+where the tensor has a hook, behind a full backward hook of a module, and behind more than one view.
+
+What torch does not tell: a write through ``tensor.data``, numpy, DLPack or the storage, after which the hint still
+counts (``SD_PLUGIN_CHECK=1`` finds it, :mod:`._check`); and that ``torch.autograd.grad`` asks for the gradient of the
+dropped tensor itself, or a hook of its ``grad_fn`` reads it, which is zero in skipped columns.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import stats
-from .kernels import Kept, Steps
+from . import _check, stats
+from ._route import Route
+from .kernels import Kept, Steps, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +40,8 @@ class Draw:
         self.site = site
         self._open = True
         stats.count_draw(site, kept)
+        if _check.ENABLED:
+            _check.check_order(kept, site)
 
     def use(self) -> None:
         """A product visits its kept units only."""
@@ -64,6 +70,11 @@ class Part:
         self.kept = kept.unscaled()
         self.draws = tuple(draws)
 
+    @property
+    def sites(self) -> list[str]:
+        """Where they were drawn, each once."""
+        return list(dict.fromkeys(draw.site for draw in self.draws))
+
 
 class Hint:
     """Which columns of a tensor are not zero, per time step.
@@ -72,21 +83,23 @@ class Hint:
         parts: what each dropout zeroed, side by side along the columns; mostly one.
         kept: kept units of the whole, unscaled.
         steps: which rows of the tensor, in ``shape``, belong to which time step.
+        routes: the ways of its gradient to the dropouts, if the tensor was made of other dropped tensors.
     """
 
-    __slots__ = ("_memory", "_version", "kept", "parts", "shape", "steps")
+    __slots__ = ("_memory", "_version", "kept", "parts", "routes", "shape", "steps")
 
-    def __init__(self, parts: Sequence[Part], steps: Steps, tensor: Tensor) -> None:
+    def __init__(self, parts: Sequence[Part], steps: Steps, tensor: Tensor, routes: Sequence[Route] = ()) -> None:
         self.parts = tuple(parts)
+        self.routes = routes
         self.kept = parts[0].kept if len(parts) == 1 else Kept.concat([part.kept for part in parts])
         self.steps = steps
         self.shape = tensor.shape
         self._version = tensor._version
-        self._memory = tensor.data_ptr()
+        self._memory = place(tensor)
 
     def holds_for(self, tensor: Tensor) -> bool:
         """``tensor``, which carries this hint or is a view of what carries it, was not modified since."""
-        return tensor._version == self._version and tensor.data_ptr() == self._memory
+        return tensor._version == self._version and place(tensor) == self._memory
 
     def speaks_of(self, tensor: Tensor, steps: Steps) -> bool:
         """The time steps of this hint are those of ``tensor``, laid out as ``steps`` says.
@@ -108,11 +121,20 @@ class Hint:
         return self.kept
 
 
-def attach(tensor: Tensor, parts: Sequence[Part], steps: Steps) -> Tensor:
-    """Note on ``tensor``, whose rows are laid out as ``steps`` says, that its other columns are zero; returns it."""
+def attach(tensor: Tensor, parts: Sequence[Part], steps: Steps, routes: Sequence[Route] = ()) -> Tensor:
+    """Note on ``tensor``, whose rows are laid out as ``steps`` says, that its other columns are zero; returns it.
+
+    Args:
+        routes: of the tensors that it was made of (:func:`route`), when not by a dropout itself.
+
+    Raises:
+        CheckError: they are not, and ``SD_PLUGIN_CHECK=1`` asked to look.
+    """
+    if _check.ENABLED:
+        _check.check_zeros(tensor, parts, steps, "after the dropout")
     # Nothing tells when a tensor of inference mode is modified, so no hint on it could be trusted.
     if not tensor.is_inference():
-        setattr(tensor, _ATTRIBUTE, Hint(parts, steps, tensor))
+        setattr(tensor, _ATTRIBUTE, Hint(parts, steps, tensor, routes))
     return tensor
 
 
@@ -120,10 +142,9 @@ def lookup(tensor: Tensor) -> Hint | None:
     """The hint of ``tensor``, or of the tensor it is a row-preserving view of; None when there is none to trust."""
     hint = getattr(tensor, _ATTRIBUTE, None)
     if isinstance(hint, Hint):
-        trusted = tensor.shape == hint.shape and hint.holds_for(tensor) and not _is_differentiated(tensor)
-        return hint if trusted else None
+        return hint if tensor.shape == hint.shape and hint.holds_for(tensor) else None
     base = tensor._base
-    if base is None or _is_differentiated(base) or _is_differentiated(tensor):
+    if base is None:
         return None
     hint = getattr(base, _ATTRIBUTE, None)
     if not isinstance(hint, Hint) or not hint.holds_for(tensor):
@@ -139,9 +160,22 @@ def lookup(tensor: Tensor) -> Hint | None:
     return hint if same_rows else None
 
 
-def _is_differentiated(tensor: Tensor) -> bool:
-    """Somebody reads the gradient of this very tensor, of which skipping computes the kept columns only."""
-    return tensor.requires_grad and (tensor.is_leaf or tensor.retains_grad)
+def route(tensor: Tensor, hint: Hint) -> Route | None:
+    """The way of the gradient of ``tensor`` to the dropouts that ``hint``, which was looked up for it, speaks of.
+
+    Returns:
+        None if there is no gradient.
+    """
+    if not tensor.requires_grad:
+        return None
+    base = tensor._base
+    dropped = tensor if base is None or hasattr(tensor, _ATTRIBUTE) else base
+    return Route(tensor, dropped, hint.routes)
+
+
+def _routes(tensor: Tensor, hint: Hint) -> list[Route]:
+    found = route(tensor, hint)
+    return [] if found is None else [found]
 
 
 def waive(tensor: Tensor) -> Tensor:
@@ -168,7 +202,8 @@ def carry(source: Tensor, source_steps: Steps, target: Tensor, steps: Steps) -> 
     count = steps.count(target)
     if hint is None or not hint.speaks_of(source, source_steps) or count > hint.kept.steps:
         return target
-    return attach(target, [Part(part.kept.first(count), part.draws) for part in hint.parts], steps)
+    parts = [Part(part.kept.first(count), part.draws) for part in hint.parts]
+    return attach(target, parts, steps, _routes(source, hint))
 
 
 def unbind(x: Tensor, steps: Steps) -> list[Tensor]:
@@ -176,8 +211,9 @@ def unbind(x: Tensor, steps: Steps) -> list[Tensor]:
     rows = steps.split(x)
     hint = lookup(x)
     if hint is not None and hint.speaks_of(x, steps):
+        routes = _routes(x, hint)
         for t, row in enumerate(rows):
-            attach(row, [Part(p.kept.at(t), p.draws) for p in hint.parts], Steps.packed(row.shape[:1]))
+            attach(row, [Part(p.kept.at(t), p.draws) for p in hint.parts], Steps.packed(row.shape[:1]), routes)
     return rows
 
 
@@ -192,10 +228,14 @@ def cat(tensors: Sequence[Tensor]) -> Tensor:
     if all(hint is None for hint in hints) or any(hint is not None and hint.kept.steps != 1 for hint in hints):
         return joined
     parts: list[Part] = []
+    routes: list[Route] = []
     for tensor, hint in zip(tensors, hints, strict=True):
-        whole = Part(Kept.all(1, tensor.shape[1], tensor.device))
-        parts.extend([whole] if hint is None else hint.parts)
-    return attach(joined, parts, Steps.packed(joined.shape[:1]))
+        if hint is None:
+            parts.append(Part(Kept.all(1, tensor.shape[1], tensor.device)))
+        else:
+            parts.extend(hint.parts)
+            routes += _routes(tensor, hint)
+    return attach(joined, parts, Steps.packed(joined.shape[:1]), routes)
 
 
 def stack(tensors: Sequence[Tensor], steps: Steps) -> Tensor:
@@ -205,14 +245,16 @@ def stack(tensors: Sequence[Tensor], steps: Steps) -> Tensor:
         ``[T, B, K]`` or ``[B, T, K]``; without a hint unless every tensor has one, of the same number of units.
     """
     stacked = torch.stack(list(tensors), steps.time_dim)
-    parts = []
+    parts: list[Part] = []
+    routes: list[Route] = []
     for tensor in tensors:
         hint = lookup(tensor)
         if hint is None or len(hint.parts) != 1 or hint.kept.steps != 1:
             return stacked
         parts.append(hint.parts[0])
+        routes += _routes(tensor, hint)
     if len({(part.kept.width, part.kept.padded) for part in parts}) != 1:
         return stacked
     first = parts[0].kept
     kept = Kept(torch.cat([part.kept.indices for part in parts]), first.size, 1.0, first.padded)
-    return attach(stacked, [Part(kept, [draw for part in parts for draw in part.draws])], steps)
+    return attach(stacked, [Part(kept, [draw for part in parts for draw in part.draws])], steps, routes)

@@ -336,7 +336,7 @@ class StructuredDropoutLSTM(nn.LSTM):
     def _input_operand(self, x: Tensor, steps: Steps) -> Operand:
         """What the layer's input knows of its zero columns, if that speaks of the same time steps."""
         hint = hints.lookup(x) if self.training else None
-        return Operand.hinted(hint if hint is not None and hint.speaks_of(x, steps) else None)
+        return Operand.hinted(hint if hint is not None and hint.speaks_of(x, steps) else None, x)
 
     def _direction(
         self, x: Tensor, state: tuple[Tensor, Tensor], operand: Operand, steps: Steps, layer: int, direction: int

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import _report
-from ._report import REPORT_VARIABLE
+from ._environment import REPORT_VARIABLE
 from .kernels import fallbacks
 
 if TYPE_CHECKING:

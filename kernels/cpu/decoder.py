@@ -128,16 +128,16 @@ class _Call:
             c_steps(self.emb, _BATCH_FIRST), self.layers, self.emb.shape[2], self.hidden, self.memory.shape[1],
             _addresses([cell.weight_ih for cell in cells]), _addresses([cell.weight_hh for cell in cells]),
             _addresses([cell.bias for cell in cells]),
-            None if query is None else query.data.panels.data_ptr(), self.weights.join.data.panels.data_ptr(),
+            None if query is None else pointer(query.data.panels), pointer(self.weights.join.data.panels),
             c_rows(self.emb, _BATCH_FIRST), kept_x, kept_h,
             self.kept(self.patterns.query, self.hidden), self.kept(self.patterns.output, self.hidden),
             _addresses([self.mask(pattern) for pattern in self.patterns.recurrent]),
             _addresses([self.mask(pattern) for pattern in self.patterns.between]),
             pointer(self.mask(self.patterns.query)), pointer(self.mask(self.patterns.output)),
-            self.memory.data_ptr(), self.lengths.data_ptr(), h0.data_ptr(), c0.data_ptr(), feed.data_ptr(),
+            pointer(self.memory), pointer(self.lengths), pointer(h0), pointer(c0), pointer(feed),
             _addresses(saved.gates), _addresses(saved.cells), _addresses(saved.operand), _addresses(saved.input),
-            saved.query.data_ptr(), saved.scored.data_ptr(), saved.context.data_ptr(), saved.align.data_ptr(),
-            saved.attended.data_ptr(),
+            pointer(saved.query), pointer(saved.scored), pointer(saved.context), pointer(saved.align),
+            pointer(saved.attended),
         )  # fmt: skip
 
 
@@ -156,10 +156,12 @@ def decoder_forward(
     saved = call.saved()
     y = empty(*emb.shape[:2], call.hidden, dtype=math)
     h_n, c_n = torch.empty_like(call.state[0]), torch.empty_like(call.state[1])
-    out = CDecoderOut(c_rows(y, _BATCH_FIRST), h_n.data_ptr(), c_n.data_ptr())
+    out = CDecoderOut(c_rows(y, _BATCH_FIRST), pointer(h_n), pointer(c_n))
     structure = call.structure(saved)
     function("sd_decoder_forward", math)(torch.get_num_threads(), byref(structure), byref(out))
-    return y.to(dtype), h_n.to(dtype), c_n.to(dtype), saved.align.to(dtype), saved
+    # Copied: the backward call needs what the attention was, whatever the program makes of the result.
+    align = saved.align.to(dtype, copy=True)
+    return y.to(dtype), h_n.to(dtype), c_n.to(dtype), align, saved
 
 
 def decoder_backward(
@@ -191,8 +193,8 @@ def decoder_backward(
     dquery = empty(hidden, hidden, dtype=math) if weights_wanted and weights.query is not None else None
     djoin = empty(hidden, 2 * hidden, dtype=math) if weights_wanted else None
     grad = CDecoderGrad(
-        c_rows(dy, _BATCH_FIRST), dh_n.data_ptr(), dc_n.data_ptr(), pointer(dalign), c_rows(demb, _BATCH_FIRST),
-        dmemory.data_ptr(), dh0.data_ptr(), dc0.data_ptr(), dfeed.data_ptr(),
+        c_rows(dy, _BATCH_FIRST), pointer(dh_n), pointer(dc_n), pointer(dalign), c_rows(demb, _BATCH_FIRST),
+        pointer(dmemory), pointer(dh0), pointer(dc0), pointer(dfeed),
         *(_addresses(part) if weights_wanted else None for part in (dw, du, dbias)), pointer(dquery), pointer(djoin),
     )  # fmt: skip
     structure = call.structure(saved)

@@ -40,8 +40,8 @@ def pack_panels(weight: Tensor, gates: bool, units_first: bool) -> Tensor:
     count = ((columns // 4 if gates else columns) + columns_of_panel - 1) // columns_of_panel
     panels = empty(count, padded_rows(units, weight.dtype), width, dtype=weight.dtype)
     function("sd_pack", weight.dtype)(
-        torch.get_num_threads(), weight.data_ptr(), weight.stride(0), units_first, units, columns, gates,
-        panels.data_ptr(),
+        torch.get_num_threads(), pointer(weight), weight.stride(0), units_first, units, columns, gates,
+        pointer(panels),
     )  # fmt: skip
     return panels
 
@@ -73,15 +73,15 @@ def gemm_fp(x: Tensor, weight: PackedMatrix, bias: Tensor | None, kept: Kept | N
     dtype, shape = x.dtype, x.shape
     math = opmath(dtype)
     steps, kept, (x,) = _layout(steps, kept, x.to(math))
-    y = empty(*x.shape[:-1], weight.columns, dtype=math)
+    y = empty(*shape[:-1], weight.columns, dtype=math)
     bias = None if bias is None else bias.to(math).contiguous()
     units, alive = c_kept(kept, weight.units)
     function("sd_gemm_fp", math)(
-        torch.get_num_threads(), c_steps(x, steps), c_rows(x, steps), weight.panels.data_ptr(), weight.columns,
-        pointer(bias), units, c_rows(y, steps),
+        torch.get_num_threads(), c_steps(x, steps), c_rows(x, steps), pointer(weight.panels), weight.columns,
+        pointer(bias), units, c_rows(y.view(*x.shape[:-1], weight.columns), steps),
     )  # fmt: skip
     del alive
-    return y.view(*shape[:-1], weight.columns).to(dtype)
+    return y.to(dtype)
 
 
 def gemm_bp(dy: Tensor, weight: PackedMatrix, kept: Kept | None, steps: Steps) -> Tensor:
@@ -89,14 +89,14 @@ def gemm_bp(dy: Tensor, weight: PackedMatrix, kept: Kept | None, steps: Steps) -
     dtype, shape = dy.dtype, dy.shape
     math = opmath(dtype)
     steps, kept, (dy,) = _layout(steps, kept, dy.to(math))
-    dx = empty(*dy.shape[:-1], weight.units, dtype=math)
+    dx = empty(*shape[:-1], weight.units, dtype=math)
     units, alive = c_kept(kept, weight.units)
     function("sd_gemm_bp", math)(
-        torch.get_num_threads(), c_steps(dy, steps), c_rows(dy, steps), weight.panels.data_ptr(), weight.columns,
-        units, c_rows(dx, steps),
+        torch.get_num_threads(), c_steps(dy, steps), c_rows(dy, steps), pointer(weight.panels), weight.columns,
+        units, c_rows(dx.view(*dy.shape[:-1], weight.units), steps),
     )  # fmt: skip
     del alive
-    return dx.view(*shape[:-1], weight.units).to(dtype)
+    return dx.to(dtype)
 
 
 def gemm_wg(x: Tensor, dy: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
@@ -108,7 +108,7 @@ def gemm_wg(x: Tensor, dy: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
     units, alive = c_kept(kept, x.shape[-1])
     function("sd_gemm_wg", math)(
         torch.get_num_threads(), c_steps(x, steps), c_rows(x, steps), c_rows(dy, steps), dy.shape[-1], units,
-        dweight.data_ptr(),
+        pointer(dweight),
     )  # fmt: skip
     del alive
     return dweight.t().to(dtype)

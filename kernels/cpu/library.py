@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..storage import address
 from . import toolchain
 from .build import Built, build
 
@@ -280,9 +281,9 @@ def c_rows(x: Tensor, steps: Steps) -> CRows:
     """``x``, whose columns must be adjacent, as the library takes it; valid while ``x`` lives."""
     if steps.batch_sizes is not None:
         stride = x.stride(0)
-        return CRows(x.data_ptr(), _packed_starts(steps.batch_sizes, stride), stride)
+        return CRows(address(x), _packed_starts(steps.batch_sizes, stride), stride)
     start = _strided(x.shape[steps.time_dim], x.stride(steps.time_dim))
-    return CRows(x.data_ptr(), start, x.stride(1 - steps.time_dim))
+    return CRows(address(x), start, x.stride(1 - steps.time_dim))
 
 
 def c_steps(x: Tensor, steps: Steps) -> CSteps:
@@ -300,9 +301,9 @@ def c_kept(kept: Kept | None, size: int) -> tuple[CKept, Tensor | None]:
         return c_kept(replace(kept, indices=kept.indices.new_full((kept.steps, 1), size), padded=True), size)
     indices = kept.indices if kept.indices.stride(1) == 1 or kept.width <= 1 else kept.indices.contiguous()
     stride = indices.stride(0) if kept.steps > 1 else max(kept.width, 1)
-    return CKept(indices.data_ptr(), stride, kept.width, size, kept.scale), indices
+    return CKept(address(indices), stride, kept.width, size, kept.scale), indices
 
 
 def pointer(tensor: Tensor | None) -> int | None:
     """Address of a tensor's data; None is a null pointer."""
-    return None if tensor is None else tensor.data_ptr()
+    return None if tensor is None else address(tensor)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .library import adjacent, function
+from .library import adjacent, function, pointer
 from .memory import empty
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def cross_entropy_forward(
     rows, columns = logits.shape
     lse, loss = logits.new_empty(rows), logits.new_empty(rows)
     function("sd_cross_entropy_forward", logits.dtype)(
-        torch.get_num_threads(), rows, columns, logits.data_ptr(), logits.stride(0), target.data_ptr(), ignore_index,
-        label_smoothing, lse.data_ptr(), loss.data_ptr(),
+        torch.get_num_threads(), rows, columns, pointer(logits), logits.stride(0), pointer(target), ignore_index,
+        label_smoothing, pointer(lse), pointer(loss),
     )  # fmt: skip
     return loss, lse
 
@@ -34,7 +34,7 @@ def cross_entropy_backward(
     logits, target, scale = adjacent(logits), target.contiguous(), scale.to(logits.dtype).contiguous()
     dlogits = empty(*logits.shape, dtype=logits.dtype)
     function("sd_cross_entropy_backward", logits.dtype)(
-        torch.get_num_threads(), *logits.shape, logits.data_ptr(), logits.stride(0), target.data_ptr(), ignore_index,
-        label_smoothing, lse.data_ptr(), scale.data_ptr(), dlogits.data_ptr(),
+        torch.get_num_threads(), *logits.shape, pointer(logits), logits.stride(0), pointer(target), ignore_index,
+        label_smoothing, pointer(lse), pointer(scale), pointer(dlogits),
     )  # fmt: skip
     return dlogits

@@ -83,9 +83,9 @@ class _Call:
         self.steps = c_steps(x, steps)
         self.structure = CLSTM(
             self.steps, inputs, hidden, reverse,
-            packed.weight_ih.data_ptr(), packed.weight_hh.data_ptr(), pointer(packed.bias),
-            c_rows(x, steps), units_x, units_h, pointer(mask), pointer(h0), saved.c0.data_ptr(),
-            saved.gates.data_ptr(), saved.cells.data_ptr(), saved.operand.data_ptr(),
+            pointer(packed.weight_ih), pointer(packed.weight_hh), pointer(packed.bias),
+            c_rows(x, steps), units_x, units_h, pointer(mask), pointer(h0), pointer(saved.c0),
+            pointer(saved.gates), pointer(saved.cells), pointer(saved.operand),
         )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def lstm_forward(
     y = empty(*x.shape[:-1], hidden, dtype=math)
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     call = _Call(packed, x, kept_x, pattern_h, steps, reverse, saved, h0)
-    out = CLSTMOut(c_rows(y, steps), h_n.data_ptr(), c_n.data_ptr())
+    out = CLSTMOut(c_rows(y, steps), pointer(h_n), pointer(c_n))
     function("sd_lstm_forward", math)(torch.get_num_threads(), byref(call.structure), byref(out))
     return y.to(dtype), h_n.to(dtype), c_n.to(dtype), saved
 
@@ -149,8 +149,8 @@ def lstm_backward(
     dbias = x.new_empty(4 * hidden) if wanted.bias else None
     call = _Call(packed, x, kept_x, pattern_h, steps, reverse, Saved(*saved_tensors), None)
     grad = CLSTMGrad(
-        c_rows(dy, steps), dh_n.data_ptr(), dc_n.data_ptr(),
-        CRows() if dx is None else c_rows(dx, steps), dh0.data_ptr(), dc0.data_ptr(),
+        c_rows(dy, steps), pointer(dh_n), pointer(dc_n),
+        CRows() if dx is None else c_rows(dx, steps), pointer(dh0), pointer(dc0),
         pointer(dw), pointer(du), pointer(dbias),
     )  # fmt: skip
     function("sd_lstm_backward", math)(torch.get_num_threads(), byref(call.structure), byref(grad))

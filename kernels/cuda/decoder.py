@@ -136,6 +136,11 @@ class _Call:
         rows = (self.batch, self.count) if self.layout.time_dim else (self.count, self.batch)
         return self.like.new_empty(*stack, *rows, *sizes)
 
+    def result(self, size: int) -> Tensor:
+        """Room for an activation in this layout that goes by ``[B, T, K]``, and is no view."""
+        strides = (self.count * size, size, 1) if self.layout.time_dim else (size, self.batch * size, 1)
+        return self.like.new_empty_strided((self.batch, self.count, size), strides)
+
     def floats(self, *sizes: int) -> Tensor:
         """Room for sums."""
         return self.like.new_empty(sizes, dtype=torch.float32)
@@ -218,7 +223,7 @@ def _forward(
         call.rows(hidden), call.rows(hidden), emb.new_empty(count, batch, call.source),
     )  # fmt: skip
     saved.cells[:, 0] = c0
-    y, h_n = call.rows(hidden), h0.clone(memory_format=torch.contiguous_format)
+    y, h_n = call.result(hidden), h0.clone(memory_format=torch.contiguous_format)
     sums, joined = call.floats(batch, columns), call.floats(batch, hidden)
     if count:
         row_stride = call._place[2]
@@ -249,7 +254,7 @@ def _forward(
         join(query, joined)
         attend(step)
     c_n = torch.empty_like(h_n).copy_(saved.cells[:, count])
-    return call.batch_first(y), h_n, c_n, saved.align, saved
+    return y, h_n, c_n, saved.align.clone(), saved
 
 
 def _weight(cell: lstm.PackedLSTM) -> Tensor:

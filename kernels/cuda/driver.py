@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
+from ..storage import address
 from . import sources
 
 if TYPE_CHECKING:
@@ -225,7 +226,8 @@ class _Parameters(threading.local):
                 values.append(0)
             else:
                 kinds.append("Q")
-                values.append(cast("Tensor", argument).data_ptr())
+                tensor = cast("Tensor", argument)
+                values.append(tensor.data_ptr() or address(tensor))
         _packer("".join(kinds)).pack_into(self._values, 0, *values)
         return self._address
 

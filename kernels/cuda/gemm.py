@@ -106,9 +106,10 @@ def fp(
         x, scale = _dropped(x, kept, steps, precision)
         if bias is not None and scale == 1.0 and dtype in (None, x.dtype):
             with cublas(precision is Precision.TF32):
-                return torch.addmm(bias, x, weight.matrix).view(*rows, weight.columns)
-        y = product(x, weight.matrix, precision, dtype)
-        return _finished(y, scale, bias).view(*rows, weight.columns)
+                y = torch.addmm(bias, x, weight.matrix)
+        else:
+            y = _finished(product(x, weight.matrix, precision, dtype), scale, bias)
+        return _reshaped(y, *rows, weight.columns)
     call = _Call.of("fp", kept, steps, x)
     y = x.new_empty(*rows, weight.columns, dtype=dtype)
     stage = _FP_DEPTH * (_FP_COLUMNS + 8)
@@ -134,7 +135,7 @@ def bp(
     _check("weight", weight.rows, precision)
     rows = dy.shape[:-1]
     if kept is None or not choices.skips("bp", precision, kept):
-        dx = product(_flat(dy), weight.matrix.t(), precision, dtype).view(*rows, weight.units)
+        dx = _reshaped(product(_flat(dy), weight.matrix.t(), precision, dtype), *rows, weight.units)
         return dx if kept is None else _keep(dx, dx, kept, steps, kept.scale)
     call = _Call.of("bp", kept, steps, dy)
     dx = dy.new_zeros(*rows, weight.units, dtype=dtype)
@@ -231,6 +232,12 @@ def _pipeline(tiles: int, stage: int, depth: int, precision: Precision) -> int:
 def _flat(x: Tensor) -> Tensor:
     """``[rows, K]``."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _reshaped(y: Tensor, *shape: int) -> Tensor:
+    """A product's result in another shape, which is to be nobody's view: torch's own products end like this."""
+    reshaped: Tensor = torch.ops.aten._unsafe_view.default(y, shape)
+    return reshaped
 
 
 def _dropped(x: Tensor, kept: Kept | None, steps: Steps, precision: Precision) -> tuple[Tensor, float]:

@@ -139,20 +139,23 @@ def lstm_forward(
     call = _Call(packed, rows, pattern_of(pattern_h, rows.steps, hidden, packed.precision), reverse)
     tile = _tile(packed.precision, hidden, rows.batch, call.pattern, x)
     state = (h0.float().contiguous(), c0.float().contiguous())
+    y = packed.recurrent.new_empty(*x.shape[:-1], hidden)
     if tile is None:
-        y, h_n, c_n, gates, cells, operand = _forward_steps(call, inputs, *state)
+        h_n, c_n, gates, cells, operand = _forward_steps(call, inputs, *state, y.view(inputs.shape[0], hidden))
     else:
-        y, h_n, c_n, gates, cells, operand = _forward_persistent(call, tile, inputs, *state)
+        h_n, c_n, gates, cells, operand = _forward_persistent(call, tile, inputs, *state, y)
     kept = Saved(gates, cells, operand, state[1], call.pattern, tile)
-    return y.view(*x.shape[:-1], hidden), h_n.to(x.dtype), c_n.to(x.dtype), kept
+    return y, h_n.to(x.dtype), c_n.to(x.dtype), kept
 
 
-def _forward_persistent(call: _Call, tile: Tile, inputs: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, ...]:
-    """``y``, ``h_n``, ``c_n``, gates, cells and operand."""
+def _forward_persistent(
+    call: _Call, tile: Tile, inputs: Tensor, h0: Tensor, c0: Tensor, y: Tensor
+) -> tuple[Tensor, ...]:
+    """Fills ``y``; returns ``h_n``, ``c_n``, gates, cells and operand."""
     packed, rows, pattern = call.packed, call.rows, call.pattern
     hidden, slices, real = packed.hidden, tile.slices(rows.batch), packed.recurrent
     layout = (rows.steps, slices, hidden, tile.batch)
-    y, operand = (real.new_empty(inputs.shape[0], hidden) for _ in range(2))
+    operand = real.new_empty(inputs.shape[0], hidden)
     gates, cells = inputs.new_empty(*layout, 4), inputs.new_empty(layout)
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
     exchange = real.new_empty(2, *layout[1:])
@@ -164,15 +167,15 @@ def _forward_persistent(call: _Call, tile: Tile, inputs: Tensor, h0: Tensor, c0:
         pattern.scale, *call.arguments(tile), cooperative=True,
         shared=tile.forward_shared(hidden, pattern.visited, pattern.order is not None),
     )  # fmt: skip
-    return y, h_n, c_n, gates, cells, operand
+    return h_n, c_n, gates, cells, operand
 
 
-def _forward_steps(call: _Call, inputs: Tensor, h0: Tensor, c0: Tensor) -> tuple[Tensor, ...]:
+def _forward_steps(call: _Call, inputs: Tensor, h0: Tensor, c0: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """As :func:`_forward_persistent`, with a product of cuBLAS at every step."""
     packed, rows, pattern = call.packed, call.rows, call.pattern
     hidden, real, precision = packed.hidden, packed.recurrent, packed.precision
     unit, columns = Unit("cell", (("SD_PRECISION", int(precision)),)), real.shape[1]
-    y, operand = (real.new_empty(inputs.shape[0], hidden) for _ in range(2))
+    operand = real.new_empty(inputs.shape[0], hidden)
     gates, cells = (inputs.new_empty(rows.steps, rows.batch, hidden, n) for n in (4, 2))
     h, c = h0.clone(), c0.clone()
     for step in _order(rows.steps, call.reverse):
@@ -187,7 +190,7 @@ def _forward_steps(call: _Call, inputs: Tensor, h0: Tensor, c0: Tensor) -> tuple
             unit, "cell_forward", real, grid, THREADS,
             inputs[first:], packed.bias, sums, h, c, y[first:], gates[step], cells[step], n, hidden, columns, stride,
         )  # fmt: skip
-    return y, h, c, gates, cells, operand
+    return h, c, gates, cells, operand
 
 
 def lstm_backward(

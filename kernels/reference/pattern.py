@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..storage import has_memory
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -22,7 +24,7 @@ def _padded(keep: Tensor) -> Tensor:
     size = keep.shape[1]
     positions = torch.arange(size, dtype=torch.int32, device=keep.device)
     indices = torch.where(keep, positions, size).sort(1).values.int()
-    if keep.device.type == "cpu" and keep.shape[0]:
+    if keep.device.type == "cpu" and keep.shape[0] and has_memory(keep):
         # Only here is the longest row known without waiting for a device.
         indices = indices[:, : max(1, int(keep.sum(1).max()))]
     return indices
