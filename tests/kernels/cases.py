@@ -9,6 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sd_plugin.kernels import Kept, Steps
+from sd_plugin.kernels.cuda.precision import Precision
+
+from ..tolerances import TF32
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,11 @@ def strided(tensor: Tensor, kind: str) -> Tensor:
 
 
 STRIDES = st.sampled_from(["contiguous", "gaps", "transposed"])
+
+
+def rounded(precision: Precision) -> float:
+    """Relative error to which the operands of a product in ``precision`` are rounded."""
+    return TF32 if precision is Precision.TF32 else 0.0
 
 
 def to_device(kept: Kept | None, device: str) -> Kept | None:

@@ -14,11 +14,11 @@ from sd_plugin.kernels.cuda.precision import Precision
 from sd_plugin.kernels.cuda.tiling import Tile
 
 from ..emulation.emulator import EmulatedDriver
-from .cases import kept_units, layouts, noise_of, tensor_of
+from ..tolerances import assert_close
+from .cases import kept_units, layouts, noise_of, rounded, tensor_of
 from .conftest import emulated_cuda
 
 H100 = Properties("H100", 132, 232448, (9, 0))
-TOLERANCE = {Precision.STRICT: 1e-5, Precision.TF32: 6e-3, Precision.F16: 6e-3, Precision.BF16: 5e-2}
 TILES = [
     tile for precision in Precision for tile in tiling.tiles(precision)
     if tile.fits(40, 70, 40, True, H100)
@@ -67,8 +67,7 @@ def test_every_tile(
 
     for got, right in zip((*result[:3], *grads), (y, h_n, c_n, *expected), strict=True):
         assert got.dtype == precision.dtype
-        bound = TOLERANCE[precision] * max(1.0, float(right.abs().max()) if right.numel() else 0.0)
-        torch.testing.assert_close(got.double(), right, rtol=0, atol=bound)
+        assert_close(got, right, inputs + 4 * hidden, 2 * (layout.count + 1), operands=rounded(precision), exact=True)
 
 
 def small_layer() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, Kept]:
