@@ -105,7 +105,8 @@ def test_longer_sums_and_chains_are_allowed_more() -> None:
         (torch.ones(2), torch.ones(1, 2)), (torch.ones(2), torch.ones(2).double()), ([torch.ones(2)], []),
         ({"a": torch.ones(2)}, {"b": torch.ones(2)}), (torch.ones(2), None),
         (torch.tensor([float("nan")]), torch.ones(1)), (torch.ones(1), torch.tensor([float("inf")])),
-        (torch.tensor([-float("inf")]), torch.tensor([float("inf")])), ([torch.ones(2), torch.zeros(1)], [torch.ones(2)] * 2),
+        (torch.tensor([-float("inf")]), torch.tensor([float("inf")])),
+        ([torch.ones(2), torch.zeros(1)], [torch.ones(2)] * 2),
     ],
 )  # fmt: skip
 def test_what_is_no_rounding_never_passes(got: object, expected: object) -> None:

@@ -1,8 +1,8 @@
 """How far a right result may lie from the exact one: one model of rounding, and no other tolerance, for all tests.
 
 Nothing in it is measured on a machine. It holds for every order of a sum, with and without fused multiply-adds, so for
-every processor, BLAS and number of threads (Higham, *Accuracy and Stability of Numerical Algorithms*, 2002, 3.1 and 4.2).
-With ``u`` the unit roundoff of the dtype in which sums are taken:
+every processor, BLAS and number of threads (Higham 2002, *Accuracy and Stability of Numerical Algorithms*, 3.1 and
+4.2). With ``u`` the unit roundoff of the dtype in which sums are taken:
 
 - A sum of ``n`` products has an error of at most ``n u`` times the largest partial sum of absolute values, whatever the
   operands are. Roundings of random operands cancel: ``8 sqrt(n) u`` is passed with a probability below ``1e-13 n``
@@ -10,9 +10,9 @@ With ``u`` the unit roundoff of the dtype in which sums are taken:
 - ``depth`` operations of which each takes the results of the one before add up their errors.
 - A result is rounded to its own dtype, a scale to the same, and so is their product.
 
-What a test must notice is far larger: a product that is left out or counted twice is an error of the size of one
-product, operands in TF32 have ``2 ** -11`` in place of ``2 ** -24``, sums in half precision ``2 ** -11`` or ``2 ** -8``;
-test_tolerances.py shows that they are noticed.
+What a test must notice is far larger, and test_tolerances.py shows that it does not pass: a product that is left out or
+counted twice is an error of the size of one product; operands in TF32 have ``2 ** -11`` in place of ``2 ** -24``, sums
+in half precision ``2 ** -11`` or ``2 ** -8``.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ def partial_sums(a: Tensor, b: Tensor) -> Tensor:
 def relative(dtype: torch.dtype, terms: int = SMALL_TERMS, depth: int = SMALL_DEPTH) -> float:
     """Largest difference between two results, as a share of their size: for ``pytest.approx(..., rel=)``."""
     return 2 * depth * (of_sum(terms, sums_of(dtype)) + unit_roundoff(dtype))
+
+
+def of_training(dtype: torch.dtype, updates: int) -> float:
+    """Largest difference between the losses of two trainings, as a share of them: every update adds its own."""
+    return updates * relative(dtype)
 
 
 def allowed(

@@ -17,6 +17,8 @@ import pytest
 from sd_plugin.kernels.cpu import toolchain
 from sd_plugin.kernels.cpu.toolchain import BuildError, Target
 
+from ..patience import PATIENCE
+
 HERE = Path(__file__).parent
 KERNEL_TESTS = tuple(
     HERE / f"test_{name}.py" for name in ("gemm", "lstm_kernels", "decoder_kernels", "loss_kernels", "large_shapes")
@@ -56,7 +58,7 @@ def pytest_under(sanitizer: str, cache: Path, *arguments: object, **environ: str
         environ["LD_PRELOAD"] = ":".join([*preloaded, runtime("libstdc++.so.6")])
     # Not captured: what a sanitizer says as it ends the process would be lost.
     command = [sys.executable, "-m", "pytest", "-q", "--capture=no", "-p", "no:cacheprovider", *map(str, arguments)]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.slow

@@ -41,9 +41,7 @@ def test_forward_and_backward(
     largest = max(1.0, float(exact.detach().abs().max())) if rows else 1.0
     of_scale = max(1.0, float(scale.abs().max())) if rows else 1.0
     assert_close(got, loss, columns, depth=2, magnitude=largest, exact=True)
-    assert_close(
-        dlogits, gradient, columns, depth=2, magnitude=largest * of_scale, exact=True
-    )
+    assert_close(dlogits, gradient, columns, depth=2, magnitude=largest * of_scale, exact=True)
 
 
 @pytest.mark.parametrize("column", [0, 40])

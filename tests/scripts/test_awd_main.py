@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 
+from ..patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 STANDIN = ROOT / "tests" / "patches" / "standins" / "awd_lstm"
 LAUNCHER = ROOT / "scripts" / "awd_main.py"
@@ -60,7 +62,7 @@ def launch(*arguments: object, cwd: Path, **changes: str) -> Done:
     """Run the launcher in a Python of its own."""
     command = [sys.executable, str(LAUNCHER), *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=60, env=environ(**changes), check=False
+        command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, env=environ(**changes), check=False
     )
 
 

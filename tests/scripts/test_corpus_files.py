@@ -16,6 +16,8 @@ import pytest
 from corpora import CORPORA, NAMES, Corpus, File, Origin
 from corpus_files import DataError
 
+from ..patience import PATIENCE
+
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
@@ -225,10 +227,10 @@ class TestExclusive:
         held = os.open(folder, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX)
         worker.start()
-        assert waits.wait(10)
+        assert waits.wait(PATIENCE)
         folder.rmdir()
         os.close(held)
-        worker.join(10)
+        worker.join(PATIENCE)
         assert (folder / "result").exists()
 
 

@@ -19,6 +19,8 @@ from torch.nn.functional import linear
 from sd_plugin import StructuredDropout, StructuredDropoutLSTM, StructuredLinear, hints, stats
 from sd_plugin.kernels import TIME_MAJOR, Kept, Steps
 
+from ..tolerances import assert_close
+
 SEEDS = st.integers(0, 10**6)
 #: What a program may do to a tensor on its way to the next product, in place or not.
 OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -97,12 +99,12 @@ def test_whatever_is_done_a_trusted_hint_is_true_and_a_product_the_same(
         if tensor.shape[-1] == 0:
             continue
         layer = StructuredLinear(tensor.shape[-1], 3, dtype=torch.float64)
-        torch.testing.assert_close(layer(tensor), linear(tensor, layer.weight, layer.bias), rtol=1e-12, atol=1e-12)
+        assert_close(layer(tensor), linear(tensor, layer.weight, layer.bias))
         if tensor.dim() in (2, 3) and tensor.numel():
             lstm = StructuredDropoutLSTM(
                 tensor.shape[-1], 2, native=False, batch_first=batch_first, dtype=torch.float64
             )
-            torch.testing.assert_close(lstm(tensor)[0], lstm(tensor.clone())[0], rtol=1e-12, atol=1e-12)
+            assert_close(lstm(tensor)[0], lstm(tensor.clone())[0])
 
 
 @given(shape=SHAPES, names=st.lists(st.sampled_from(KEEPING), max_size=3), batch_first=st.booleans(), seed=SEEDS)
@@ -189,7 +191,7 @@ def test_unbound_steps_carry_their_own_units(steps: int, batch: int, time_dim: i
         hint = hints.lookup(row)
         assert hint is not None
         assert torch.equal(hint.kept.mask(), row[:1] != 0)
-        torch.testing.assert_close(layer(row), linear(row, layer.weight, layer.bias), rtol=1e-12, atol=1e-12)
+        assert_close(layer(row), linear(row, layer.weight, layer.bias))
     site = stats.sites()["dropout"]
     assert (site.drawn, site.used) == (1, 1)
 
@@ -255,7 +257,7 @@ def test_carried_to_fewer_steps() -> None:
     y = lstm(packed)[0].data
     assert stats.sites()["dropout"].used == 1
     expected = lstm(packed._replace(data=packed.data.clone()))[0].data
-    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    assert_close(y, expected)
 
     bare = torch.zeros(2, 3, 6)
     assert hints.lookup(hints.carry(bare.clone(), TIME_MAJOR, bare, TIME_MAJOR)) is None
@@ -285,7 +287,7 @@ def test_a_hint_made_by_hand() -> None:
     kept = Kept(torch.ones(2, 1, dtype=torch.int32), 4, 4.0)
     hints.attach(x, [hints.Part(kept)], TIME_MAJOR)
     layer = StructuredLinear(4, 2)
-    torch.testing.assert_close(layer(x), linear(x, layer.weight, layer.bias))
+    assert_close(layer(x), linear(x, layer.weight, layer.bias))
 
 
 def test_other_memory_is_not_trusted() -> None:
@@ -304,4 +306,4 @@ def test_a_tensor_that_is_differentiated_itself_gets_its_whole_gradient(ask: Any
     assert hints.lookup(x) is not None
     ask(x)
     linear(view(x)).sum().backward()
-    torch.testing.assert_close(x.grad, linear.weight.sum(0).detach().expand_as(x))
+    assert_close(x.grad, linear.weight.sum(0).detach().expand_as(x))
