@@ -37,7 +37,6 @@ import functools
 import gc
 import inspect
 import os
-import re
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -47,6 +46,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from sd_plugin._environment import CASES, MODES, read_case, read_recurrent_dropout, read_switch
+from sd_plugin._tested import TORCH, release
 from sd_plugin.errors import UsageError
 
 from . import _settings as shared_settings
@@ -60,14 +60,12 @@ if TYPE_CHECKING:
     from sd_plugin.hints import Hint
     from sd_plugin.kernels import Kept
 
-OLDEST = (2, 2)
-
 _patcher = Patcher()
 
 
 def _unsupported(version: str) -> str | None:
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is not None and (int(numbers[1]), int(numbers[2])) >= OLDEST:
+    found = release(version)
+    if found is not None and found >= TORCH[0]:
         return None
     return f"torch {version} is not supported; supported: {HOST.supported}"
 
@@ -80,7 +78,7 @@ HOST = Host(
     name="torch_nn",
     title="any program on torch.nn",
     modules=("torch",),
-    supported="torch 2.2 or later",
+    supported=f"torch {TORCH[0][0]}.{TORCH[0][1]} or later",
     located="asked for with SD_PLUGIN_TARGETS=torch",
     find=_find,
     enabled=lambda: bool(_patcher),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sd_plugin import disable, enable, stats
 
+from .. import counted
 from ..tolerances import of_training
 
 pytestmark = pytest.mark.convergence
@@ -118,7 +119,7 @@ def test_nothing_dropped_is_the_same_training(host: SimpleNamespace, text: Tenso
     noise = of_training(torch.float32, 60)
     assert losses == pytest.approx(expected, rel=noise)
     assert end == pytest.approx(expected_end, rel=noise)
-    assert all(site.used == site.drawn == 60 and site.dropped == 0 for site in stats.sites().values())
+    assert all(site.used == site.drawn == 60 and site.dropped == 0 for site in counted.sites().values())
     assert len(stats.sites()) == {"nr_st": 3, "nr_rh_st": 5}[mode], "all of its places ran"
     stats.reset()
 

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 import sd_plugin
 from sd_plugin import stats
 
+from .. import counted
 from ..tolerances import of_training
 
 pytestmark = pytest.mark.convergence
@@ -113,4 +114,4 @@ def test_structured_dropout_learns_as_fastais_own(fastai: Any, text: Tensor) -> 
         assert ENTROPY < loss < LEARNED
         assert abs(loss - own) < BAND
         assert len(stats.sites()) == places
-        assert not any(site.lost for site in stats.sites().values()), "every product skipped, throughout"
+        assert not any(site.lost for site in counted.sites().values()), "every product skipped, throughout"

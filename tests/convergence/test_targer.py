@@ -17,6 +17,7 @@ import torch
 from sd_plugin import hints, stats
 from sd_plugin.patches import targer
 
+from .. import counted
 from ..patches import targer_stand_in as stand_in
 from ..tolerances import of_training
 
@@ -132,4 +133,4 @@ def test_structured_dropout_learns_as_random_dropout(host: Modules, random_dropo
     assert ENTROPY - BAND < loss < LEARNED
     assert abs(loss - random_dropout) < BAND
     assert len(stats.sites()) == {"nr_st": 1, "nr_rh_st": 3}[mode]
-    assert not any(site.lost for site in stats.sites().values()), "every product skipped, throughout"
+    assert not any(site.lost for site in counted.sites().values()), "every product skipped, throughout"

@@ -148,6 +148,7 @@ def draws(units: int, count: int | None) -> Probe:
             # The first of equals.
             order = noise.sort(dim=1, descending=True, stable=True).indices[:, :count]
             expected = torch.zeros(3, units, dtype=torch.bool).scatter_(1, order, True)
+        assert bool(((kept >= 0) & (kept <= units)).all())
         assert torch.equal(Kept(kept, units, padded=True).mask(), expected)
         assert torch.equal(kept.sort(1).values, kept)
         assert factors is not None and torch.equal(factors, expected * 2.0)

@@ -24,6 +24,7 @@ from sd_plugin import functional, hints, stats
 from sd_plugin.errors import UsageError
 from sd_plugin.patches import targer
 
+from .. import counted
 from ..patience import PATIENCE
 from ..tolerances import assert_close, relative
 from . import targer_stand_in as stand_in
@@ -426,7 +427,7 @@ def test_switch_of_the_environment(
     targer.on_import(host["tagger_birnn_cnn_crf"])
     step(new_tagger(host))
     assert len(stats.sites()) == sites
-    assert not any(site.lost for site in stats.sites().values())
+    assert not any(site.lost for site in counted.sites().values())
 
 
 @pytest.mark.parametrize(

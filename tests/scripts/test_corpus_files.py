@@ -139,6 +139,16 @@ class TestUnpack:
             corpus_files.unpack(path, corpus("one", "../escaped"), tmp_path / "to")
         assert not (tmp_path / "escaped").exists()
 
+    def test_a_python_that_cannot_tell_unpacks_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first releases of 3.10 and 3.11."""
+        path = archive(tmp_path / "a", {"tiny/one": b"1"})
+        (tmp_path / "to").mkdir()
+        for name in ("data_filter", "FilterError"):
+            monkeypatch.delattr(tarfile, name)
+        with pytest.raises(DataError, match=r"a: Python \S+ cannot unpack archives safely .* give the folder instead"):
+            corpus_files.unpack(path, corpus("one"), tmp_path / "to")
+        assert not any((tmp_path / "to").iterdir())
+
     def test_links_that_leave_the_folder_are_refused(self, tmp_path: Path) -> None:
         with tarfile.open(tmp_path / "a", "w") as tar:
             link = tarfile.TarInfo("tiny/one")
