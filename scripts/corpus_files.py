@@ -212,8 +212,8 @@ def unpack(archive: Path, corpus: Corpus, folder: Path) -> None:
     """
     if not hasattr(tarfile, "data_filter"):  # nor has it FilterError
         raise DataError(
-            f"{archive}: Python {platform.python_version()} cannot unpack archives safely, as 3.10.12, 3.11.4 and later "
-            "can: unpack it yourself and give the folder instead"
+            f"{archive}: Python {platform.python_version()} cannot unpack archives safely; 3.10.12, 3.11.4 and later "
+            "can. Unpack it yourself and give the folder instead"
         )
     wanted = {name for file in (*corpus.files, *corpus.undigested) for name in _candidates(corpus, file)}
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,14 @@ from sd_plugin.kernels import Kept, Steps
 from sd_plugin.kernels.cuda.precision import Precision
 
 from ..tolerances import TF32
+
+#: Environment variable: the share of its examples that a test takes, where each of them costs more than otherwise.
+SHARE = "SD_PLUGIN_TEST_SHARE"
+
+
+def examples(count: int) -> int:
+    """``count``, or the share of it that is asked for."""
+    return max(1, round(count * float(os.environ.get(SHARE, "1"))))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from sd_plugin.kernels import (
 
 from .. import truth
 from ..tolerances import assert_close
-from .cases import kept_units, noise_of, tensor_of
+from .cases import examples, kept_units, noise_of, tensor_of
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def fed_back(output: Kept | Tensor | None, size: int) -> Kept | None:
     return Kept(torch.cat([torch.arange(size, dtype=torch.int32).unsqueeze(0), rest]), size, 1.0, True)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(
     data=st.data(), layers=st.integers(1, 3), count=st.integers(1, 4), batch=st.integers(1, 5), embed=st.integers(1, 5),
     hidden=st.integers(1, 20), source=st.integers(1, 6), seed=st.integers(0, 10**6), general=st.booleans(),

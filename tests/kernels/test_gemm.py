@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_plugin.kernels import Kept, Steps, gemm_bp, gemm_fp, gemm_wg
 
 from ..tolerances import assert_close, partial_sums
-from .cases import STRIDES, Layout, kept_units, layouts, strided, tensor_of, to_device
+from .cases import STRIDES, Layout, examples, kept_units, layouts, strided, tensor_of, to_device
 
 Dtypes = Callable[[str], list[torch.dtype]]
 SEEDS = st.integers(0, 10**6)
@@ -27,7 +27,7 @@ def factors(kept: Kept | None, layout: Layout, size: int) -> Tensor:
     return kept.multiplier(torch.float64)[layout.step_of_row]
 
 
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 @given(data=st.data(), layout=layouts(), k=SIZES, n=SIZES, seed=SEEDS, how=st.tuples(STRIDES, STRIDES))
 def test_forward_product(
     backend: str, device: str, dtypes_of: Dtypes, data: st.DataObject, layout: Layout, k: int, n: int,
@@ -53,7 +53,7 @@ def test_forward_product(
     assert_close(y, dropped @ weight_t.double(), k + 1, depth=1, magnitude=sums, exact=True)
 
 
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 @given(data=st.data(), layout=layouts(), k=SIZES, n=SIZES, seed=SEEDS, how=st.tuples(STRIDES, STRIDES))
 def test_backward_product(
     backend: str, device: str, dtypes_of: Dtypes, data: st.DataObject, layout: Layout, k: int, n: int,
@@ -77,7 +77,7 @@ def test_backward_product(
     assert_close(dx, truth, n + 1, depth=1, magnitude=partial_sums(dy, weight_t.t()) * factor, exact=True)
 
 
-@settings(max_examples=120)
+@settings(max_examples=examples(120))
 @given(data=st.data(), layout=layouts(), k=SIZES, n=SIZES, seed=SEEDS, how=st.tuples(STRIDES, STRIDES))
 def test_weight_gradient_product(
     backend: str, device: str, dtypes_of: Dtypes, data: st.DataObject, layout: Layout, k: int, n: int,

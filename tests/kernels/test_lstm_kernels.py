@@ -14,7 +14,7 @@ from sd_plugin.kernels import Kept, lstm_backward, lstm_forward, lstm_pack
 
 from .. import truth
 from ..tolerances import assert_close
-from .cases import STRIDES, Layout, kept_units, layouts, noise_of, strided, tensor_of, to_device
+from .cases import STRIDES, Layout, examples, kept_units, layouts, noise_of, strided, tensor_of, to_device
 
 Dtypes = Callable[[str], list[torch.dtype]]
 
@@ -25,7 +25,7 @@ def recurrent_patterns(steps: int, batch: int, size: int) -> st.SearchStrategy[K
     return kept_units(steps, size) | masks
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 @given(
     data=st.data(), layout=layouts(), n_in=st.integers(1, 6), hidden=st.integers(1, 6),
     seed=st.integers(0, 10**6), bias=st.booleans(), reverse=st.booleans(), how=STRIDES,

@@ -145,7 +145,7 @@ class TestUnpack:
         (tmp_path / "to").mkdir()
         for name in ("data_filter", "FilterError"):
             monkeypatch.delattr(tarfile, name)
-        with pytest.raises(DataError, match=r"a: Python \S+ cannot unpack archives safely .* give the folder instead"):
+        with pytest.raises(DataError, match=r"a: Python \S+ cannot unpack archives safely; .* give the folder instead"):
             corpus_files.unpack(path, corpus("one"), tmp_path / "to")
         assert not any((tmp_path / "to").iterdir())
 
