@@ -28,6 +28,8 @@ from torch import Tensor
 TF32 = 2.0**-11
 #: Of the modules that tests build: at most so many terms in a sum, and so many operations between operands and results.
 SMALL_TERMS, SMALL_DEPTH = 64, 8
+#: Tests take operands of size about one.
+SMALLEST_SUM = 0.1
 #: Standard deviations.
 _SURE = 8.0
 
@@ -81,15 +83,15 @@ def allowed(
     Args:
         exact: what it should be.
         terms: of the longest sum; depth: of operations in a row.
-        magnitude: the largest partial sums (:func:`partial_sums`); by default the largest element, or one if that is
-            larger: tests take operands of size about one.
+        magnitude: the largest partial sums (:func:`partial_sums`); by default the largest element, or
+            :data:`SMALLEST_SUM` if that is larger: small results are differences of what is not as small.
         sums: the dtype in which they are taken.
         operands: relative error to which operands are rounded first, as :data:`TF32`.
     """
     exact = exact.detach().double()
     if magnitude is None:
         finite = exact[exact.isfinite()]
-        magnitude = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+        magnitude = max(SMALLEST_SUM, float(finite.abs().max())) if finite.numel() else SMALLEST_SUM
     of_operation = of_sum(terms, sums or sums_of(dtype)) + 2 * operands
     # Not the dtype's own limit: what is computed in float32 is rounded to zero there.
     smallest = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).tiny

@@ -25,7 +25,7 @@ HALVES = (Precision.F16, Precision.BF16)
 
 
 def _tiles() -> list[Tile]:
-    """Every shape of a tile in every precision, with one of the rings that it may have, and halves of one type, in turn.
+    """Every shape of a tile in every precision, with one of its rings and halves of one type, each in turn.
 
     Compiling takes longest. What is left out are other combinations of the same numbers; tests/nvrtc compiles all.
     """
