@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PYTEST = """#!/bin/sh
-echo "$@" >> "{told}"
+printf "%s\\n" "$*" >> "{told}"
 case " $* " in *" --ignore "*) exit {rest} ;; *) exit {kernels} ;; esac
 """
 
