@@ -4,6 +4,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
+.ONESHELL:
 .PHONY: help venv demo test lint clean
 
 PYTHON ?= python3
@@ -11,6 +12,8 @@ PYTHON ?= python3
 OMP_NUM_THREADS ?= 2
 export OMP_NUM_THREADS
 PYTEST_ARGS ?=
+# One process for each core, but no more than memory has room for.
+SPREAD := -n auto --maxprocesses 4 --dist worksteal
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,11 +38,15 @@ $(STAMP): pyproject.toml setup.py sd_plugin.pth sd_plugin.start constraints.txt
 demo: $(STAMP)  ## Train a small translator with structured dropout on the CPU, in minutes
 	$(BIN)/python scripts/demo.py
 
-# The kernels with several threads, one test after the other; then the rest in several processes of one thread, since most
-# of it is programs that the tests start. Exit status 5: PYTEST_ARGS selects nothing there.
+# The kernels with several threads, which wait for each other without turning in circles; then the rest with one, since
+# most of it is programs that the tests start. Each half runs whatever became of the other. Exit status 5: PYTEST_ARGS selects
+# nothing there, which is an error if it is so in both.
 test: $(STAMP)  ## Run the tests (PYTEST_ARGS='-k name' selects some)
-	$(BIN)/pytest $(PYTEST_ARGS) tests/kernels || test $$? -eq 5
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --ignore tests/kernels $(PYTEST_ARGS) || test $$? -eq 5
+	trap 'exit 130' INT; kernels=0; rest=0
+	OMP_WAIT_POLICY=passive $(BIN)/pytest $(SPREAD) $(PYTEST_ARGS) tests/kernels || kernels=$$?
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) --ignore tests/kernels $(PYTEST_ARGS) || rest=$$?
+	for status in $$kernels $$rest; do test $$status -eq 0 -o $$status -eq 5 || exit $$status; done
+	test $$kernels -eq 0 -o $$rest -eq 0
 
 # mypy knows neither the package mapping nor the import hook of an editable install, so it sees the sources
 # through a folder of links laid out as they are installed. Its messages are given the source paths back.

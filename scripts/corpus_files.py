@@ -12,6 +12,7 @@ import http.client
 import json
 import lzma
 import os
+import platform
 import shutil
 import ssl
 import tarfile
@@ -207,8 +208,13 @@ def unpack(archive: Path, corpus: Corpus, folder: Path) -> None:
         folder: an empty folder that receives them.
 
     Raises:
-        DataError: damaged, no archive, or with members that point out of the folder.
+        DataError: damaged, no archive, or with members that point out of the folder; or this Python cannot tell.
     """
+    if not hasattr(tarfile, "data_filter"):  # nor has it FilterError
+        raise DataError(
+            f"{archive}: Python {platform.python_version()} cannot unpack archives safely; 3.10.12, 3.11.4 and later "
+            "can. Unpack it yourself and give the folder instead"
+        )
     wanted = {name for file in (*corpus.files, *corpus.undigested) for name in _candidates(corpus, file)}
     try:
         with tarfile.open(archive) as tar:

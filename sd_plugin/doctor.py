@@ -34,6 +34,7 @@ from ._environment import (
     read_report,
     read_switch,
 )
+from ._tested import untested_torch
 from .patches import Finding, Host, registry
 
 #: Environment variable -> what it does.
@@ -83,6 +84,7 @@ def examine(environ: Mapping[str, str]) -> dict[str, Any]:
     switch = read_switch(environ)
     return {
         "versions": _versions(),
+        "untested": _untested(),
         "hook": _hook(),
         "hosts": [_host(host, environ, switch) for host in registry().values()],
         "backends": _backends(),
@@ -102,6 +104,12 @@ def _versions() -> dict[str, str | None]:
         "cuda of torch": torch.version.cuda,
         "cupy": cupy,
     }
+
+
+def _untested() -> str | None:
+    import torch
+
+    return untested_torch(torch.__version__)
 
 
 def _installed(name: str) -> str | None:
@@ -268,7 +276,13 @@ def render(found: Mapping[str, Any]) -> str:
     """The same for people."""
     versions = ", ".join(f"{name} {value or 'none'}" for name, value in found["versions"].items())
     hook = found["hook"]
-    lines = [versions, f"start-up hook: {'active' if hook['installed'] else 'not active'}, {hook['why']}", "", "hosts"]
+    lines = [
+        versions,
+        *([found["untested"]] if found["untested"] else []),
+        f"start-up hook: {'active' if hook['installed'] else 'not active'}, {hook['why']}",
+        "",
+        "hosts",
+    ]
     for host in found["hosts"]:
         lines.append(f"  {host['title']} ({host['name']}); supported: {host['supported']}")
         if not host["found"]:

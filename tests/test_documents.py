@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sd_plugin import _tested
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -86,6 +88,17 @@ def test_the_epoch_compared_in_the_readme_took_that_long() -> None:
         with (ROOT / "benchmarks" / "results" / "zaremba_medium" / f"{mode}.csv").open(encoding="utf-8") as file:
             seconds[mode] = round(float(next(csv.DictReader(file))["seconds"]))
     assert f"Penn Treebank: {seconds['nr_rh_st']} against {seconds['random']} seconds" in README
+
+
+def test_the_documents_name_the_versions_of_torch_that_are_tested() -> None:
+    oldest, newest = (f"{major}.{minor}" for major, minor in _tested.TORCH)
+    assert f"on torch {oldest} to {newest}" in README
+    tested = re.findall(
+        r"torch (2\.\d+)\.\d+\s+and (2\.\d+)\.\d+", (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
+    )
+    assert tested == [(oldest, newest)] * 2
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'dependencies = ["torch>={oldest}"]' in project
 
 
 def test_links_of_the_documents_lead_somewhere() -> None:

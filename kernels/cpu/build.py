@@ -10,7 +10,7 @@ Environment variables:
 - ``SD_PLUGIN_CPU_ISA``: ``avx512``, ``avx2`` or ``portable``, instead of the best that this machine and torch do.
 - ``SD_PLUGIN_CXX``: the compiler, with options if it needs any; otherwise ``CXX``, ``g++``, ``c++`` or ``clang++``.
 - ``SD_PLUGIN_CACHE``: see :mod:`sd_plugin.kernels.cache_folder`.
-- ``SD_PLUGIN_CPU_SANITIZE``: ``address`` or ``undefined``, for tests; ``address`` needs the sanitizer preloaded.
+- ``SD_PLUGIN_CPU_SANITIZE``: ``address``, ``undefined`` or ``both``, for tests; the first needs to be preloaded.
 """
 
 from __future__ import annotations

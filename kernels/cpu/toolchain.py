@@ -21,7 +21,7 @@ import torch
 
 #: From the least to the most that a machine can do.
 ISAS = ("portable", "avx2", "avx512")
-SANITIZERS = ("", "address", "undefined")
+SANITIZERS = ("", "address", "undefined", "both")
 
 # No -ffast-math: infinities and nan have to come through. No -march=native: a cache in a home directory may be shared
 # by different machines, which the name of a library tells apart by instruction set only. Hidden, since two builds for
@@ -42,7 +42,10 @@ _SANITIZE_FLAGS = {
     "": (),
     "address": ("-fsanitize=address", "-O1", "-g", "-fno-omit-frame-pointer"),
     "undefined": ("-fsanitize=undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"),
-}
+    "both": (
+        "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g1", "-fno-omit-frame-pointer",
+    ),
+}  # fmt: skip
 NO_COMPILER = "no C++ compiler found; install one, such as g++ (Debian, Ubuntu: apt install g++)"
 NOT_CLANG = "clang cannot use the OpenMP runtime of this torch (libgomp); install g++"
 
@@ -140,8 +143,8 @@ def wanted_sanitizer(environ: Mapping[str, str] = os.environ) -> str:
     if name not in SANITIZERS:
         raise BuildError(f"SD_PLUGIN_CPU_SANITIZE={name} is no sanitizer; valid: {', '.join(SANITIZERS[1:])}")
     # Loaded into a process without it, the address sanitizer ends the process.
-    if name == "address" and not hasattr(ctypes.CDLL(None), "__asan_init"):
-        raise BuildError("SD_PLUGIN_CPU_SANITIZE=address needs LD_PRELOAD=$(g++ -print-file-name=libasan.so)")
+    if name in ("address", "both") and not hasattr(ctypes.CDLL(None), "__asan_init"):
+        raise BuildError(f"SD_PLUGIN_CPU_SANITIZE={name} needs LD_PRELOAD=$(g++ -print-file-name=libasan.so)")
     return name
 
 

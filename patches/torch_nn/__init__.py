@@ -43,12 +43,12 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-import re
 from collections.abc import Mapping
 from types import ModuleType
 
 from sd_plugin import _report
 from sd_plugin._environment import read_case, read_recurrent_dropout, read_switch
+from sd_plugin._tested import TORCH, release
 from sd_plugin.errors import UsageError
 
 from .. import _names
@@ -66,8 +66,8 @@ _by_name: list[tuple[object, object]] = []
 
 
 def _unsupported(version: str) -> str | None:
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is not None and (int(numbers[1]), int(numbers[2])) >= OLDEST:
+    found = release(version)
+    if found is not None and found >= TORCH[0]:
         return None
     return f"torch {version} is not supported; supported: {HOST.supported}"
 
@@ -80,7 +80,7 @@ HOST = Host(
     name="torch_nn",
     title="any program on torch.nn",
     modules=("torch",),
-    supported="torch 2.2 or later",
+    supported=f"torch {TORCH[0][0]}.{TORCH[0][1]} or later",
     located="asked for with SD_PLUGIN_TARGETS=torch",
     find=_find,
     enabled=lambda: bool(_patcher),

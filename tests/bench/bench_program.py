@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..patience import PATIENCE
+
 
 def bench(*arguments: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """``sd-plugin bench ARGUMENTS``, with no progress and no warnings but ours on standard error."""
     command = [sys.executable, "-m", "sd_plugin", "bench", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environ}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, env=environment)
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from sd_plugin import stats
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from bench_program import TinyRun, bench
+from .bench_program import TinyRun, bench
 
 
 @pytest.fixture(autouse=True)

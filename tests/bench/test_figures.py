@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_program import TinyRun
+
+from ..patience import PATIENCE
+from .bench_program import TinyRun
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -16,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """One of benchmarks/, which must not need torch."""
     command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT.parent)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT.parent)
 
 
 @pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])

@@ -17,6 +17,8 @@ from sd_plugin.bench.columns import BF16, DENSE, FP16, FP32, NR_RH_ST, PRECISION
 from sd_plugin.bench.registry import WORKLOADS
 from sd_plugin.bench.workload import Setup
 
+from ..patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 X = "\N{MULTIPLICATION SIGN}"
 
@@ -106,7 +108,7 @@ def test_tables_have_every_precision_and_tell_the_fastest_stock(document: result
     path = tmp_path / "two.json"
     results.save(document, path)
     command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), str(path)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE).stdout
     assert "| Zaremba medium, bf16 | NR+RH+ST (tiny) |" in printed
     assert "- AWD-LSTM: the fastest stock is " in printed
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_program import TinyRun, bench
 
 from sd_plugin import UsageError
 from sd_plugin.bench import cli, machine, runner
@@ -18,6 +17,8 @@ from sd_plugin.bench.columns import DENSE, PHASES, STOCK
 from sd_plugin.bench.registry import WORKLOADS
 from sd_plugin.bench.workload import Setup
 from sd_plugin.kernels import BACKENDS
+
+from .bench_program import TinyRun, bench
 
 REPEATS = 2
 

@@ -14,6 +14,8 @@ from sd_plugin.bench.columns import DENSE, NR_RH_ST, NR_ST, SKIPPING, STOCK
 from sd_plugin.bench.registry import WORKLOADS
 from sd_plugin.bench.workload import Product, Setup, Training, Workload
 
+from ..tolerances import assert_close
+
 TINY = Setup(tiny=True)
 #: The translators once with OpenNMT-py, where it is installed, and once with the stand-in.
 CASES = [*WORKLOADS, "opennmt-envi without OpenNMT-py"]
@@ -43,12 +45,10 @@ def test_without_dropout_all_columns_have_the_same_loss_and_gradients(workload: 
     for column in workload.columns[1:]:
         training = workload.build(column, setup)
         copy_parameters(stock, training)
-        torch.testing.assert_close(training.gradients(), expected, rtol=1e-5, atol=1e-6)
+        assert_close(training.gradients(), expected)
         for name, parameter in training.model.named_parameters():
             gradient = dict(stock.model.named_parameters())[name].grad
-            torch.testing.assert_close(
-                parameter.grad, gradient, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            assert_close(parameter.grad, gradient, name=name)
 
 
 def test_training_steps_move_the_parameters_and_keep_the_loss_finite(workload: Workload) -> None:

@@ -68,6 +68,10 @@ class EmulationError(RuntimeError):
     """A source that does not compile, a launch that a GPU would refuse, or a kernel that did something wrong."""
 
 
+class CompileError(EmulationError):
+    """A source that does not compile."""
+
+
 # ---- compiling ------------------------------------------------------------------------------------------------------
 
 _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*(?=\())?')
@@ -119,7 +123,7 @@ def _compiled(path: Path, before: Sequence[str], name: str, text: str, after: Se
     """``path``, with ``text``, a file called ``name``, compiled into it unless it is there. It is whole at any time.
 
     Raises:
-        EmulationError: it does not compile.
+        CompileError: it does not compile.
     """
     if path.exists():
         return path
@@ -130,7 +134,7 @@ def _compiled(path: Path, before: Sequence[str], name: str, text: str, after: Se
         command = [*_compiler().compiler, *before, "-x", "c++", name, "-x", "none", *after, "-o", str(output)]
         done = toolchain.run(command, cwd=scratch, TMPDIR=scratch)
         if done.returncode:
-            raise EmulationError(f"it does not compile:\n{done.stderr[:3000]}")
+            raise CompileError(f"it does not compile:\n{done.stderr[:3000]}")
         os.replace(output, path)
     _forget_old(path.parent)
     return path
@@ -168,7 +172,7 @@ def compile_kernels(source: str, name: str, defines: Sequence[tuple[str, int]], 
         races: with a call at each access to memory, which lets the runtime find races.
 
     Raises:
-        EmulationError: it does not compile.
+        CompileError: it does not compile.
         BuildError: there is no compiler.
     """
     text = declared(source)
@@ -390,7 +394,7 @@ class EmulatedDriver:
         """``unit``, compiled.
 
         Raises:
-            EmulationError: it does not compile.
+            CompileError: it does not compile.
         """
         text = self.read(unit.source)
         if self.transform is not None:

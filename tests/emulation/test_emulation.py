@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sd_plugin.kernels.cpu import toolchain
 
+from ..tolerances import assert_close, partial_sums
 from . import emulator
 from .emulator import EmulatedDriver, EmulationError, declared, mutants
 
@@ -513,9 +514,9 @@ def test_half_products(dtype: torch.dtype) -> None:
         made = torch.Generator().manual_seed(seed)
         a, b = torch.randn(16, 16, generator=made).to(dtype), torch.randn(16, 8, generator=made).to(dtype)
         c = torch.randn(16, 8, generator=made)
-        truth = c.double() + a.double() @ b.double()
+        truth, sums = c.double() + a.double() @ b.double(), c.double().abs() + partial_sums(a, b)
         run(a, b, c, seed=seed)
-        torch.testing.assert_close(c.double(), truth, rtol=1e-6, atol=4e-6)
+        assert_close(c, truth, 17, depth=1, magnitude=sums, exact=True)
 
 
 def tf32(x: Tensor, rounding: int) -> Tensor:
@@ -532,9 +533,9 @@ def test_tf32_products(rounds: bool) -> None:
         a, b = torch.randn(16, 8, generator=made), torch.randn(8, 8, generator=made)
         c = torch.randn(16, 8, generator=made)
         add = 0x1000 if rounds else 0
-        truth = c.double() + tf32(a, add) @ tf32(b, add)
+        truth, sums = c.double() + tf32(a, add) @ tf32(b, add), c.double().abs() + partial_sums(a, b)
         run(a, b, c, seed=seed)
-        torch.testing.assert_close(c.double(), truth, rtol=1e-6, atol=4e-6)
+        assert_close(c, truth, 9, depth=1, magnitude=sums, exact=True)
 
 
 @pytest.mark.parametrize("matrices", [2, 4])
@@ -655,7 +656,7 @@ def test_arithmetic() -> None:
     f = x[1]
     fma = struct.unpack("f", struct.pack("f", f.item() * f.item() - x[2].item()))[0]
     truth = [1, 1, f.exp(), f.tanh(), f.log(), f.sqrt(), fma, -f, 8 + 16 + 8 + 16 + 16]
-    torch.testing.assert_close(y, torch.tensor([float(t) for t in truth]), rtol=1e-6, atol=0)
+    assert_close(y, torch.tensor([float(t) for t in truth]), 1, depth=2)
     assert y[6] == fma
 
 

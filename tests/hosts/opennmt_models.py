@@ -9,6 +9,8 @@ import torch
 
 from sd_plugin.patches import opennmt as patch
 
+from ..tolerances import assert_close
+
 VOCAB = 23
 HIDDEN = 12
 
@@ -100,10 +102,6 @@ def run(model: Any) -> dict[str, torch.Tensor]:
     return results
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Every result of one run equals that of another, which has the same ones."""
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
-        )
+    assert_close(found, expected, depth=40)

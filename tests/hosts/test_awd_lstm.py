@@ -20,6 +20,8 @@ from checkouts import checkout
 
 from sd_plugin.patches.awd_lstm import CHECKOUT
 
+from ..patience import PATIENCE
+
 pytestmark = pytest.mark.hosts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +72,7 @@ def environ(**changes: str) -> dict[str, str]:
 
 def python(*command: object, cwd: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=120,
+        [sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE,
         env=environ(**changes), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -16,6 +16,8 @@ import pytest
 import torch
 import yaml
 
+from ..patience import PATIENCE
+
 pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +70,7 @@ def program(
     if plugin is not None:
         environment["SD_PLUGIN"] = plugin
     command = [str(BIN / name), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code, f"{name} ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
     return done
 
@@ -197,7 +199,7 @@ def translate_alone(folder: Path, model: str) -> str:
     arguments = ["-model", model, "-src", "few.de", "-output", "alone", "-beam_size", "5"]
     environment = {**os.environ, "SD_PLUGIN": "0", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     subprocess.run(
-        [sys.executable, "-c", WITHOUT_PLUGIN, *arguments], cwd=folder, env=environment, check=True, timeout=120
+        [sys.executable, "-c", WITHOUT_PLUGIN, *arguments], cwd=folder, env=environment, check=True, timeout=PATIENCE
     )
     return (folder / "alone").read_text()
 

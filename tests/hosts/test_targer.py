@@ -25,6 +25,9 @@ from hypothesis import strategies as st
 from sd_plugin import hints, stats
 from sd_plugin.patches import targer
 
+from ..patience import PATIENCE
+from ..tolerances import assert_close, relative
+
 pytestmark = [
     pytest.mark.hosts,
     # The host's regular expressions are no raw strings.
@@ -120,10 +123,10 @@ def step(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def assert_same(result: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]) -> None:
-    assert result[0] == pytest.approx(expected[0], rel=1e-5)
+    assert result[0] == pytest.approx(expected[0], rel=relative(torch.float32))
     assert result[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        torch.testing.assert_close(result[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+        assert_close(result[1][name], gradient, name=name)
 
 
 def test_checkout_is_the_one_that_is_known(folder: Path) -> None:
@@ -192,7 +195,7 @@ def launch(folder: Path, data: Path, here: Path, name: str, *arguments: str) -> 
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -258,7 +261,7 @@ def without_plugin(folder: Path, *models: Path) -> list[str]:
         env=environment(SD_PLUGIN="0"),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -285,7 +288,7 @@ def test_without_sd_it_is_the_original(folder: Path, data: Path, tmp_path: Path)
         env=environment(SD_PLUGIN="0"),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -312,7 +315,7 @@ def test_seqeval_agrees_with_conlleval(folder: Path, sentences: list[list[tuple[
     metrics = pytest.importorskip("seqeval.metrics")
     text = "".join("".join(f"word {a} {b}\n" for a, b in sentence) + "\n" for sentence in sentences)
     done = subprocess.run(
-        ["perl", str(folder / "conlleval")], input=text, capture_output=True, text=True, timeout=60, check=True
+        ["perl", str(folder / "conlleval")], input=text, capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     conlleval = float(done.stdout.splitlines()[1].rpartition(":")[2])
     targets, outputs = ([[pair[side] for pair in sentence] for sentence in sentences] for side in (0, 1))

@@ -19,6 +19,8 @@ import pytest
 import torch
 from checkouts import checkout
 
+from ..patience import PATIENCE
+
 pytestmark = pytest.mark.hosts
 
 if not list(Path(torch.__file__).parents[1].glob("sd_plugin*.dist-info")):
@@ -88,7 +90,9 @@ def run(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedPr
     # language_modeling_lstm ends by loading the model that it has saved whole, which torch >= 2.6 refuses by default.
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
     command = [sys.executable, "-c", SEEDED, *arguments]
-    done = subprocess.run(command, cwd=folder, env={**kept, **environ}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=folder, env={**kept, **environ}, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done
 

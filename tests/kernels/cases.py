@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sd_plugin.kernels import Kept, Steps
+from sd_plugin.kernels.cuda.precision import Precision
+
+from ..tolerances import TF32
+
+#: Environment variable: the share of its examples that a test takes, where each of them costs more than otherwise.
+SHARE = "SD_PLUGIN_TEST_SHARE"
+
+
+def examples(count: int) -> int:
+    """``count``, or the share of it that is asked for."""
+    return max(1, round(count * float(os.environ.get(SHARE, "1"))))
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,11 @@ def strided(tensor: Tensor, kind: str) -> Tensor:
 
 
 STRIDES = st.sampled_from(["contiguous", "gaps", "transposed"])
+
+
+def rounded(precision: Precision) -> float:
+    """Relative error to which the operands of a product in ``precision`` are rounded."""
+    return TF32 if precision is Precision.TF32 else 0.0
 
 
 def to_device(kept: Kept | None, device: str) -> Kept | None:

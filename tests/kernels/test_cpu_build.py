@@ -26,6 +26,8 @@ import torch
 from sd_plugin.kernels.cpu import build, library, toolchain
 from sd_plugin.kernels.cpu.toolchain import BuildError, Target
 
+from ..patience import PATIENCE
+
 STAND_IN = """
 #include <omp.h>
 #include "answer.h"
@@ -192,7 +194,7 @@ def test_processes_may_race(
     start, answers = context.Barrier(4), context.SimpleQueue()
 
     def race() -> None:
-        start.wait(60)
+        start.wait(PATIENCE)
         built = build.build(stand_in)
         answers.put((built.path.name, built.library.sd_answer()))
 
@@ -200,7 +202,7 @@ def test_processes_may_race(
     for racer in racers:
         racer.start()
     for racer in racers:
-        racer.join(60)
+        racer.join(PATIENCE)
         assert racer.exitcode == 0
     (library,) = libraries(tmp_path / "cache")
     assert [answers.get() for _ in racers] == [(library.name, 42)] * 4
@@ -601,7 +603,7 @@ def test_arm_is_compiled_for_the_cpu_it_has(stand_in: Path, monkeypatch: pytest.
 
 def test_sanitizers_by_variable(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SD_PLUGIN_CPU_SANITIZE", "thread")
-    with pytest.raises(BuildError, match="SD_PLUGIN_CPU_SANITIZE=thread is no sanitizer; valid: address, undefined"):
+    with pytest.raises(BuildError, match="SANITIZE=thread is no sanitizer; valid: address, undefined, both"):
         build.build(stand_in)
     monkeypatch.setenv("SD_PLUGIN_CPU_SANITIZE", "address")
     if "asan" not in os.environ.get("LD_PRELOAD", ""):

@@ -1,7 +1,7 @@
 """The CPU kernels under the address and the undefined-behaviour sanitizer: their own tests, run in another process.
 
 The address sanitizer replaces malloc, so it sees a kernel step over the edge of a tensor. It does not see what
-instructions with a mask read or write.
+instructions with a mask read or write. Compiling takes longest, so one library has both, and is kept.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ from pathlib import Path
 
 import pytest
 
-from sd_plugin.kernels.cpu import toolchain
+from sd_plugin.kernels.cpu import build, toolchain
 from sd_plugin.kernels.cpu.toolchain import BuildError, Target
+
+from ..patience import PATIENCE
+from . import cases
 
 HERE = Path(__file__).parent
 KERNEL_TESTS = tuple(
     HERE / f"test_{name}.py" for name in ("gemm", "lstm_kernels", "decoder_kernels", "loss_kernels", "large_shapes")
 )
-RUNTIMES = {"address": "libasan.so", "undefined": "libubsan.so"}
+#: Those that have to be there, of each choice of sanitizers.
+RUNTIMES = {"address": ("libasan.so",), "undefined": ("libubsan.so",), "both": ("libasan.so", "libubsan.so")}
+#: Of the examples that these tests take otherwise. What an example may be is the same; large_shapes takes all of them.
+SHARE = 0.3
 
 
 def runtime(name: str) -> str:
@@ -50,33 +56,36 @@ def pytest_under(sanitizer: str, cache: Path, *arguments: object, **environ: str
         **environ,
     }
     environ.pop("SD_PLUGIN_BACKEND", None)
-    preloaded = [runtime(RUNTIMES[sanitizer])]
-    if sanitizer == "address":
+    preloaded = [runtime(name) for name in RUNTIMES[sanitizer]]
+    if sanitizer != "undefined":
         # The C++ runtime too: AddressSanitizer looks for what throws exceptions once, as it starts.
-        environ["LD_PRELOAD"] = ":".join([*preloaded, runtime("libstdc++.so.6")])
+        environ["LD_PRELOAD"] = ":".join([preloaded[0], runtime("libstdc++.so.6")])
     # Not captured: what a sanitizer says as it ends the process would be lost.
     command = [sys.executable, "-m", "pytest", "-q", "--capture=no", "-p", "no:cacheprovider", *map(str, arguments)]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", toolchain.ISAS)
-@pytest.mark.parametrize("sanitizer", RUNTIMES)
-def test_kernels_are_clean(sanitizer: str, isa: str, tmp_path: Path) -> None:
+def test_kernels_are_clean(isa: str) -> None:
     best = toolchain.machine_isa()
     if toolchain.ISAS.index(isa) > toolchain.ISAS.index(best):
         pytest.skip(f"this machine does no more than {best}")
 
-    done = pytest_under(sanitizer, tmp_path, "-k", "cpu", *KERNEL_TESTS, SD_PLUGIN_CPU_ISA=isa)
+    cache = build.cache_folder() / "sanitized"
+    told = {"SD_PLUGIN_CPU_ISA": isa, cases.SHARE: str(SHARE)}
+    done = pytest_under("both", cache, "-k", "cpu", *KERNEL_TESTS, **told)
 
     assert done.returncode == 0, f"{done.stdout[-5000:]}\n{done.stderr[-5000:]}"
     passed = re.search(r"\b(\d+) passed", done.stdout)
     assert passed is not None, done.stdout
     assert int(passed[1]) > 0
     assert "skipped" not in done.stdout
-    (library,) = tmp_path.glob("*.so")
-    assert library.name.startswith(f"sd_cpu-{isa}-")
-    assert {"address": b"__asan_report_", "undefined": b"__ubsan_handle_"}[sanitizer] in library.read_bytes()
+    *old, library = sorted(cache.glob(f"sd_cpu-{isa}-*.so"), key=lambda path: path.stat().st_mtime_ns)
+    for path in old:  # of other sources
+        path.unlink(missing_ok=True)
+    content = library.read_bytes()
+    assert b"__asan_report_" in content and b"__ubsan_handle_" in content
 
 
 FAULTY = """
@@ -110,7 +119,7 @@ def test_undefined(value):
         ("address", r"AddressSanitizer: heap-buffer-overflow[\s\S]*0 bytes (?:to the right of|after) 400-byte region"),
         ("undefined", r"faulty\.cpp:4:\d+: runtime error: signed integer overflow"),
     ],
-    ids=list(RUNTIMES),
+    ids=["address", "undefined"],
 )
 def test_a_fault_is_found(sanitizer: str, report: str, tmp_path: Path) -> None:
     """What is above would fail if there were something to find."""

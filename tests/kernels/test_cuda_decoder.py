@@ -27,14 +27,13 @@ from sd_plugin.kernels.cuda.precision import Precision
 
 from .. import truth
 from ..emulation.emulator import EmulatedDriver
-from .cases import noise_of, strided, tensor_of
+from ..tolerances import assert_close
+from .cases import noise_of, rounded, strided, tensor_of
 from .conftest import emulated_cuda
 from .test_decoder_kernels import exact, fed_back
 
 pytestmark = pytest.mark.skipif(EmulatedDriver().reason_unavailable() is not None, reason="no C++ compiler")
 
-#: Largest error of a value of size about one.
-TOLERANCE = {Precision.STRICT: 2e-5, Precision.TF32: 1e-2, Precision.F16: 1e-2, Precision.BF16: 8e-2}
 PRECISIONS = pytest.mark.parametrize("precision", list(Precision), ids=lambda precision: precision.name)
 
 
@@ -71,6 +70,16 @@ class Case:
         hidden = {f"between_{layer}": self.hidden for layer in range(self.layers - 1)}
         hidden |= {f"recurrent_{layer}": self.hidden for layer in range(self.layers)}
         return {"embedding": self.embed, "query": self.hidden, "output": self.hidden, **hidden}
+
+    @property
+    def terms(self) -> int:
+        """Of the longest sum."""
+        return self.embed + 4 * self.hidden + self.source
+
+    @property
+    def depth(self) -> int:
+        """Cells, scores, context and output, one after the other at every step of either pass."""
+        return 2 * (self.layers + 3) * (self.count + 1)
 
     def spans(self) -> list[int]:
         """Source lengths; some are shorter than the source."""
@@ -202,12 +211,9 @@ def check(case: Case, got: Run, low: dict[str, Tensor], kept: dict[str, Any]) ->
     assert named.keys() == expected.keys()
     for name, value in expected.items():
         assert named[name].dtype == case.precision.dtype
-        assert named[name].shape == value.shape, name
-        if not value.numel():
-            continue
-        bound = TOLERANCE[case.precision] * max(1.0, float(value.abs().max()))
-        error = float((named[name].double() - value).abs().max())
-        assert error <= bound, f"{name}: error {error} where {bound} is allowed"
+        assert_close(
+            named[name], value, case.terms, case.depth, operands=rounded(case.precision), exact=True, name=name
+        )
 
 
 @PRECISIONS
@@ -297,7 +303,7 @@ def test_pattern_of_the_feed_applies_at_every_step(emulated: EmulatedDriver) -> 
     assert bool(got.pop("y").all())
     assert not same.pop("y").all()
     for name, value in same.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6)
+        assert_close(got[name], value, case.terms, case.depth, name=name)
 
 
 def test_operands_of_any_strides(emulated: EmulatedDriver) -> None:
@@ -307,12 +313,12 @@ def test_operands_of_any_strides(emulated: EmulatedDriver) -> None:
     for kind in ("gaps", "transposed"):
         got = run(case, {name: strided(tensor, kind) for name, tensor in low.items()}).named()
         for name, value in same.items():
-            torch.testing.assert_close(got[name], value)
+            assert_close(got[name], value, case.terms, case.depth, name=name)
     # Rows that do not begin at multiples of 16 bytes.
     memory = low["memory"]
     shifted = torch.cat([memory.new_zeros(1), memory.flatten(), memory.new_zeros(3)])[1:-3].view(memory.shape)
     for name, value in run(case, {**low, "memory": shifted}).named().items():
-        torch.testing.assert_close(value, same[name])
+        assert_close(value, same[name], case.terms, case.depth, name=name)
 
 
 def test_multipliers_of_other_dtypes_and_lists_of_other_strides(emulated: EmulatedDriver) -> None:

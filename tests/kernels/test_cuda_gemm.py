@@ -16,7 +16,8 @@ from sd_plugin.kernels.cuda import choices, driver, gemm
 from sd_plugin.kernels.cuda.precision import Precision, of_products
 
 from ..emulation.emulator import EmulatedDriver
-from .cases import STRIDES, Layout, kept_units, noise_of, strided, tensor_of
+from ..tolerances import assert_close, partial_sums, unit_roundoff
+from .cases import STRIDES, Layout, kept_units, noise_of, rounded, strided, tensor_of
 
 EMULATED = EmulatedDriver()
 pytestmark = pytest.mark.skipif(EMULATED.reason_unavailable() is not None, reason="no C++ compiler")
@@ -66,17 +67,11 @@ def factors(kept: Kept | None, layout: Layout, size: int) -> Tensor:
     return kept.multiplier(torch.float64)[layout.step_of_row]
 
 
-def assert_close(got: Tensor, truth: Tensor, magnitude: Tensor, terms: int, precision: Precision) -> None:
-    """Within the rounding of operands, of float32 sums of ``terms`` products, ``magnitude`` in all, and of ``got``."""
-    assert got.shape == truth.shape
-    of_operands = 2.0**-10 if precision is Precision.TF32 else 0.0
-    bound = (of_operands + 2 * (terms + 2) * torch.finfo(torch.float32).eps) * magnitude
+def check(got: Tensor, exact: Tensor, magnitude: Tensor, terms: int, precision: Precision) -> None:
+    """Within the rounding of operands, of float32 sums of ``terms`` products, and of ``got``."""
     # Half types of dense products are rounded once as a product, and once more when scaled or added to.
-    rounding = torch.finfo(precision.dtype).eps
-    bound += 2 * rounding * truth.abs() + rounding * magnitude * (precision.dtype != torch.float32)
-    bound += torch.finfo(got.dtype).tiny
-    error = (got.double() - truth).abs()
-    assert bool((error <= bound).all()), f"error {error.max()} where {bound.max()} is allowed"
+    of_operands = rounded(precision) + (0.0 if precision.dtype == torch.float32 else unit_roundoff(precision.dtype))
+    assert_close(got, exact, terms + 2, depth=1, magnitude=magnitude, operands=of_operands, exact=True)
 
 
 @st.composite
@@ -110,8 +105,8 @@ def test_forward_product(
 
     assert y.dtype == (dtype or real)
     added = torch.zeros(n) if bias is None else bias.double()
-    magnitude = dropped.abs() @ weight_t.double().abs() + added.abs()
-    assert_close(y, dropped @ weight_t.double() + added, magnitude, k, precision)
+    magnitude = partial_sums(dropped, weight_t) + added.abs()
+    check(y, dropped @ weight_t.double() + added, magnitude, k, precision)
 
 
 @PRECISIONS
@@ -132,8 +127,8 @@ def test_backward_product(
 
     assert dx.dtype == (dtype or real)
     assert bool((dx[factor == 0] == 0).all()), "the gradient of a dropped column is exactly zero"
-    magnitude = dy.double().abs() @ weight_t.double().abs().t() * factor
-    assert_close(dx, dy.double() @ weight_t.double().t() * factor, magnitude, n, precision)
+    magnitude = partial_sums(dy, weight_t.t()) * factor
+    check(dx, dy.double() @ weight_t.double().t() * factor, magnitude, n, precision)
 
 
 @PRECISIONS
@@ -159,7 +154,7 @@ def test_weight_gradient_product(
 
     assert dw.dtype == (dtype or real)
     assert dw.t().is_contiguous(), "as the parameter is"
-    assert_close(dw, dropped.t() @ rows, dropped.abs().t() @ rows.abs(), rows.shape[0], precision)
+    check(dw, dropped.t() @ rows, partial_sums(dropped.t(), rows), rows.shape[0], precision)
 
 
 def all_products(x: Tensor, weight_t: Tensor, dy: Tensor, kept: Kept, seed: int = 1) -> list[Tensor]:
@@ -212,14 +207,16 @@ def test_many_steps_and_many_units(way: str) -> None:
     x, dy = tensor_of(1, 300, 2, 5).float(), tensor_of(2, 300, 2, 7).float()
     _, _, dw = all_products(x, torch.ones(5, 7), dy, kept)
     dropped = x.double() * kept.multiplier(torch.float64).unsqueeze(1)
-    torch.testing.assert_close(dw.double(), torch.einsum("tbk,tbn->kn", dropped, dy.double()), rtol=1e-4, atol=1e-4)
+    dropped, rows = dropped.flatten(0, 1).t(), dy.flatten(0, 1).double()
+    check(dw, dropped @ rows, partial_sums(dropped, rows), 600, Precision.STRICT)
 
     mask = noise_of(3, 2, 1100) < 0.5
     units = torch.where(mask, torch.arange(1100), 1100).sort(1).values.int()
     kept = Kept(units[:, : int(mask.sum(1).max())], 1100, 2.0, padded=True)
     x = torch.where(mask.unsqueeze(1), tensor_of(4, 2, 9, 1100).float(), float("nan"))
     y, _, _ = all_products(x, torch.ones(1100, 1), torch.ones(2, 9, 1), kept)
-    torch.testing.assert_close(y.double(), x.double().nan_to_num().sum(2, keepdim=True) * 2, rtol=1e-4, atol=1e-4)
+    kept_x = x.double().nan_to_num() * 2
+    check(y, kept_x.sum(2, keepdim=True), partial_sums(kept_x, torch.ones(1100, 1)), 1100, Precision.STRICT)
 
 
 @pytest.mark.parametrize("way", ["skip"])

@@ -9,6 +9,9 @@ import torch
 
 from sd_plugin.kernels.cuda.precision import Precision, cublas, of_products, of_recurrence, product
 
+from ..tolerances import assert_close, partial_sums
+from .cases import tensor_of
+
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
@@ -62,9 +65,9 @@ def test_the_newer_flags_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_half_operands_have_float_sums_where_asked() -> None:
-    a, b = torch.full((2, 512), 0.1).half(), torch.full((512, 3), 0.1).half()
+    a, b = tensor_of(0, 2, 512).half(), tensor_of(1, 512, 3).half()
     exact = a.double() @ b.double()
     got = product(a, b, Precision.F16, torch.float32)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=0)
+    assert_close(got, exact, 512, depth=1, magnitude=partial_sums(a, b), exact=True)
     assert product(a, b, Precision.F16).dtype == torch.float16

@@ -31,7 +31,7 @@ def test_mask_and_multiplier_show_the_kept_units(kept: Kept) -> None:
     assert mask.dtype == torch.bool
     assert [set(row.nonzero().flatten().tolist()) for row in mask] == units(kept)
     multiplier = kept.multiplier(torch.float64)
-    torch.testing.assert_close(multiplier, mask.double() * kept.scale, rtol=0, atol=0)
+    assert torch.equal(multiplier, mask.double() * kept.scale)
     assert kept.width >= max((len(row) for row in units(kept)), default=0)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sd_plugin.kernels import Kept, Steps, gemm_bp, gemm_fp, gemm_pack, gemm_wg, lstm_backward, lstm_forward, lstm_pack
 
 from .. import truth
+from ..tolerances import assert_close, partial_sums
 from .cases import tensor_of
 
 #: One less than, exactly, and one more than what fits registers, vectors, panels and blocks of panels.
@@ -29,12 +30,6 @@ def kept_of(seed: int, steps: int, size: int, share: float) -> Kept:
     """Kept units, about ``share`` of them."""
     k = max(1, round(size * share))
     return Kept(tensor_of(seed, steps, size).argsort(1)[:, :k].sort(1).values.int(), size, size / k)
-
-
-def assert_close(got: Tensor, exact: Tensor, terms: int) -> None:
-    """Within the rounding of sums of ``terms`` products of values of size about one."""
-    bound = 8 * torch.finfo(got.dtype).eps * (terms + 8) ** 0.5 * max(1.0, float(exact.abs().max()))
-    assert float((got.cpu().double() - exact).abs().max()) <= bound
 
 
 @settings(max_examples=60)
@@ -59,11 +54,15 @@ def test_products(
     dropped = x.double() * factor
 
     y = gemm_fp(x.to(device), packed, on, layout, bias.to(device))
-    assert_close(y, dropped @ weight.double().t() + bias.double(), units)
+    sums = partial_sums(dropped, weight.t()) + bias.double().abs()
+    assert_close(y, dropped @ weight.double().t() + bias.double(), units + 2, depth=1, magnitude=sums, exact=True)
     dx = gemm_bp(dy.to(device), packed, on, layout)
-    assert_close(dx, dy.double() @ weight.double() * factor, columns)
+    sums = partial_sums(dy, weight) * factor
+    assert_close(dx, dy.double() @ weight.double() * factor, columns + 1, depth=1, magnitude=sums, exact=True)
     dweight_t = gemm_wg(x.to(device), dy.to(device), on, layout)
-    assert_close(dweight_t, dropped.flatten(0, 1).t() @ dy.double().flatten(0, 1), steps * rows)
+    dropped, gradient = dropped.flatten(0, 1).t(), dy.double().flatten(0, 1)
+    sums = partial_sums(dropped, gradient)
+    assert_close(dweight_t, dropped @ gradient, steps * rows + 1, depth=1, magnitude=sums, exact=True)
 
 
 @settings(max_examples=25)
@@ -109,9 +108,10 @@ def test_layers(
     result = lstm_forward(packed, on["x"], on["h0"], on["c0"], *patterns, reverse=reverse)
     zeros = torch.zeros_like(on["h0"])
     got = lstm_backward(packed, on["dy"], zeros, zeros, on["x"], result.saved, *patterns, reverse=reverse)
-    assert_close(result.y, y.detach(), 4 * hidden * steps)
+    terms, depth = max(inputs + hidden, 4 * hidden, steps * rows), 2 * (steps + 1)
+    assert_close(result.y, y, terms, depth, exact=True)
     for name, grad in zip(wanted, grads, strict=True):
-        assert_close(getattr(got, name), grad, 4 * hidden * steps)
+        assert_close(getattr(got, name), grad, terms, depth, exact=True, name=name)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

@@ -30,18 +30,13 @@ from sd_plugin.kernels.cuda.tiling import Tile
 
 from ..emulation.emulator import EmulatedDriver
 from ..kernels import test_cuda_decoder
+from ..kernels.cases import rounded
 from ..kernels.test_cuda_decoder import Case
+from ..tolerances import assert_close
 
 Probe = Callable[[], None]
-_TOLERANCE = {Precision.STRICT: 2e-6, Precision.TF32: 3e-3, Precision.F16: 4e-3, Precision.BF16: 3e-2}
 _STEPS = Steps.packed((11, 11, 6, 2))
 _INPUTS = 3
-
-
-def assert_close(name: str, got: Tensor, exact: Tensor, tolerance: float) -> None:
-    """The largest error, relative to the largest value."""
-    error = (got.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-9)
-    assert error <= tolerance, f"{name}: error {error:.1e}"
 
 
 @contextmanager
@@ -113,7 +108,8 @@ def layer(wanted: Precision, tile: Tile | None, hidden: int, kind: str, reverse:
         with in_precision(wanted), mock.patch.object(choices, "recurrence", return_value=tile):
             got = _run(lstm, expected.operands)
         for index, (result, exact) in enumerate(zip(got, expected.expected, strict=True)):
-            assert_close(f"result {index}", result, exact, _TOLERANCE[wanted])
+            terms, depth = _INPUTS + 4 * hidden, 2 * (len(_STEPS.batch_sizes or ()) + 1)
+            assert_close(result, exact, terms, depth, operands=rounded(wanted), exact=True, name=f"result {index}")
 
     return probe
 
@@ -152,6 +148,7 @@ def draws(units: int, count: int | None) -> Probe:
             # The first of equals.
             order = noise.sort(dim=1, descending=True, stable=True).indices[:, :count]
             expected = torch.zeros(3, units, dtype=torch.bool).scatter_(1, order, True)
+        assert bool(((kept >= 0) & (kept <= units)).all())
         assert torch.equal(Kept(kept, units, padded=True).mask(), expected)
         assert torch.equal(kept.sort(1).values, kept)
         assert factors is not None and torch.equal(factors, expected * 2.0)
@@ -234,8 +231,9 @@ def product(wanted: Precision, steps: Steps, rows: tuple[int, ...], units: int, 
                 packed = gemm_pack(weight)
                 got = [gemm_fp(x, packed, kept, steps, bias), gemm_bp(dy, packed, kept, steps)]
                 got.append(gemm_wg(x, dy, kept, steps))
+            terms = max(units, outputs, x[..., 0].numel())
             for name, result, right in zip(("fp", "bp", "wg"), got, expected, strict=True):
-                assert_close(f"{name}, {way}", result, right, _TOLERANCE[wanted])
+                assert_close(result, right, terms, depth=2, operands=rounded(wanted), exact=True, name=f"{name}, {way}")
 
     return probe
 
@@ -277,9 +275,9 @@ def cross_entropy(dtype: torch.dtype, rows: int, columns: int) -> Probe:
         loss, lse = reference.cross_entropy_forward(logits.double(), *told)
         gradient = reference.cross_entropy_backward(logits.double(), *told, lse, scale.double())
         got, got_lse = cross_entropy_forward(logits, *told)
-        bound = 2e-6 if dtype == torch.float32 else 2e-2
-        assert_close("loss", got, loss, bound)
-        assert_close("gradient", cross_entropy_backward(logits, *told, got_lse, scale), gradient, bound)
+        model = {"terms": columns, "depth": 1, "magnitude": float(logits.abs().max()), "exact": True}
+        assert_close(got, loss, name="loss", **model)
+        assert_close(cross_entropy_backward(logits, *told, got_lse, scale), gradient, name="gradient", **model)
 
     return probe
 

@@ -8,7 +8,7 @@ import pytest
 
 from sd_plugin.kernels.cuda import driver, sources
 
-from ..emulation.emulator import EmulatedDriver, EmulationError, Mutant, mutants
+from ..emulation.emulator import CompileError, EmulatedDriver, EmulationError, Mutant, mutants
 from ..kernels.conftest import emulated_cuda
 from . import probes
 
@@ -35,7 +35,11 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def found(mutant: Mutant, source: str, runs: list[probes.Probe]) -> bool:
-    """Some probe notices."""
+    """Some probe notices: a kernel does what no GPU would bear, or its result is wrong.
+
+    Raises:
+        CompileError: the mutant does not compile. It could never run, so nothing has been noticed.
+    """
     original = sources.read(source)
 
     def transform(text: str) -> str:
@@ -46,7 +50,9 @@ def found(mutant: Mutant, source: str, runs: list[probes.Probe]) -> bool:
             for run in runs:
                 try:
                     run()
-                except (EmulationError, AssertionError, RuntimeError, IndexError):
+                except CompileError:
+                    raise
+                except (EmulationError, AssertionError):
                     return True
     return False
 
@@ -64,6 +70,21 @@ def test_every_mutant_is_found(source: str, first: int) -> None:
     batch = list(mutants(sources.read(source)))[first : first + BATCH]
     unnoticed = [f"line {m.line}: {m.name}" for m in batch if not found(m, source, runs)]
     assert not unnoticed
+
+
+def test_only_a_fault_of_a_kernel_counts_as_found() -> None:
+    """Not a mutant that does not compile, and not what is wrong with a probe."""
+    text = sources.read("loss")
+    assert not found(Mutant("nothing", 1, text), "loss", probes.losses()[:1])
+    assert found(Mutant("wrong", 1, text.replace("expf(", "-expf(")), "loss", probes.losses()[:1])
+    with pytest.raises(CompileError, match="does not compile"):
+        found(Mutant("no program", 1, text + "\n#error none"), "loss", probes.losses()[:1])
+
+    def broken() -> None:
+        raise RuntimeError("of the probe itself")
+
+    with pytest.raises(RuntimeError, match="of the probe itself"):
+        found(Mutant("nothing", 1, text), "loss", [broken])
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -26,6 +26,8 @@ import sd_plugin
 from sd_plugin import UsageError, hints, stats
 from sd_plugin.patches import registry
 
+from ..tolerances import assert_close
+
 STANDINS = Path(__file__).parent / "standins"
 HOST = registry()["fastai"]
 WORDS = 30
@@ -185,7 +187,7 @@ def test_a_dropout_that_drops_nothing_changes_nothing(fastai: Any, mode: str, bi
     sd_plugin.enable("fastai", mode=mode)
     model.reset()
     for a, b in zip(gradients(model.train(), text), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert_close(a, b)
     assert len(stats.sites()) == {"nr_st": 4, "nr_rh_st": 10 if bidir else 7}[mode]
     assert not lost()
 
@@ -250,13 +252,13 @@ def test_callbacks_get_states_undropped_and_dropped(fastai: Any) -> None:
     assert not (raw == 0).any()
     kept = out != 0
     assert torch.equal(kept, kept[:1].expand_as(kept)) and kept.float().mean() == 0.5
-    torch.testing.assert_close(out[kept], (raw * 2)[kept])
+    assert_close(out[kept], (raw * 2)[kept])
     penalty = 2.0 * out.float().pow(2).mean() + (raw[:, 1:] - raw[:, :-1]).float().pow(2).mean()
     found = torch.autograd.grad(logits.logsumexp(-1).mean() + penalty, model[0].rnns[2].weight_hh_l0_raw)[0]
     assert found.abs().sum() > 0
     # The same sum, with the products of the last dropout taken as torch has them.
     dense = nn.functional.linear(raw * (kept * 2), model[1].decoder.weight, model[1].decoder.bias)
-    torch.testing.assert_close(logits, dense)
+    assert_close(logits, dense)
     assert not lost()
 
 
@@ -282,9 +284,9 @@ def test_nr_st_drops_the_weights_that_fastai_drops(fastai: Any) -> None:
     sd_plugin.disable("fastai")
     torch.manual_seed(1)
     expected, _ = wrapper(x)
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
     by_weight = torch.autograd.grad(expected.square().sum(), wrapper.weight_hh_l0_raw)[0]
-    torch.testing.assert_close(found_by_weight, by_weight)
+    assert_close(found_by_weight, by_weight)
     assert (by_weight == 0).float().mean() == pytest.approx(0.5, abs=0.1)
 
 
@@ -308,7 +310,7 @@ def test_the_same_words_are_dropped(
         outcomes.append((y, torch.autograd.grad(y.square().sum(), embedding.weight)[0]))
     (expected, by_expected), (found, by_found) = outcomes
     assert torch.equal(found, expected)
-    torch.testing.assert_close(by_found, by_expected)
+    assert_close(by_found, by_expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,7 +371,7 @@ def test_a_scaled_embedding_is_fastais_own(fastai: Any) -> None:
     torch.manual_seed(2)
     unscaled = dropout(text)
     torch.manual_seed(2)
-    torch.testing.assert_close(dropout(text, 0.5), unscaled * 0.5)
+    assert_close(dropout(text, 0.5), unscaled * 0.5)
 
 
 def test_a_decoder_of_another_kind_gets_the_dropped_output(fastai: Any) -> None:
@@ -378,7 +380,7 @@ def test_a_decoder_of_another_kind_gets_the_dropped_output(fastai: Any) -> None:
     decoder.decoder = nn.Sequential(decoder.decoder, nn.Tanh())
     logits, raw, out = decoder(torch.randn(4, 6, 16))
     assert hints.lookup(out) is not None and hints.lookup(raw) is None
-    torch.testing.assert_close(logits, decoder.decoder(out))
+    assert_close(logits, decoder.decoder(out))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

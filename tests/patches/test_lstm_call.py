@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sd_plugin import StructuredDropoutLSTM
 from sd_plugin.patches._lstm import stock, structured
 
+from ..tolerances import assert_close
+
 T, B, I, H = 4, 3, 5, 6  # noqa: E741 - as in the equations
 
 
@@ -94,7 +96,7 @@ def test_a_given_weight_may_have_no_parameter_beside_it(looked_up_again: bool) -
         lstm.float().double()  # torch's own list of weights is made anew
         lstm.load_state_dict(other.state_dict(), strict=False)
     for module in (stock(lstm, {"weight_hh_l0": given}), structured(lstm, {"weight_hh_l0": given}, native=False)):
-        torch.testing.assert_close(module.forward(x, state)[0], expected, rtol=1e-12, atol=1e-12)
+        assert_close(module.forward(x, state)[0], expected)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

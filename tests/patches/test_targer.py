@@ -24,6 +24,9 @@ from sd_plugin import functional, hints, stats
 from sd_plugin.errors import UsageError
 from sd_plugin.patches import targer
 
+from .. import counted
+from ..patience import PATIENCE
+from ..tolerances import assert_close, relative
 from . import targer_stand_in as stand_in
 
 Modules = dict[str, types.ModuleType]
@@ -68,10 +71,10 @@ def step(tagger: Any, seed: int = 7) -> tuple[float, dict[str, Tensor]]:
 
 def assert_same(result: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]]) -> None:
     """Equal but for the noise of float32."""
-    assert result[0] == pytest.approx(expected[0], rel=1e-5)
+    assert result[0] == pytest.approx(expected[0], rel=relative(torch.float32))
     assert result[1].keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        torch.testing.assert_close(result[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        assert_close(result[1][name], gradient, name=name)
 
 
 def lstm_input(tagger: Any) -> Tensor:
@@ -184,7 +187,7 @@ def test_dropped_values_are_scaled(host: Modules, mode: str) -> None:
     tagger.dropout.p = 0.0
     whole = lstm_input(tagger)
     kept = dropped != 0
-    torch.testing.assert_close(dropped[kept], 2 * whole[kept])
+    assert_close(dropped[kept], 2 * whole[kept])
 
 
 @pytest.mark.parametrize("mode", ["random", *STRUCTURED])
@@ -424,7 +427,7 @@ def test_switch_of_the_environment(
     targer.on_import(host["tagger_birnn_cnn_crf"])
     step(new_tagger(host))
     assert len(stats.sites()) == sites
-    assert not any(site.lost for site in stats.sites().values())
+    assert not any(site.lost for site in counted.sites().values())
 
 
 @pytest.mark.parametrize(
@@ -454,7 +457,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
         env={**kept, "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
     )
 

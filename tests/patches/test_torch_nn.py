@@ -27,6 +27,8 @@ import sd_plugin
 from sd_plugin import UsageError, hints, stats
 from sd_plugin.patches import registry
 
+from ..tolerances import assert_close
+
 HOST = registry()["torch_nn"]
 #: Everything that is replaced.
 PLACES = [
@@ -208,7 +210,7 @@ def test_a_dropout_that_drops_nothing_changes_nothing(
     if layers > 1:
         model.lstm.dropout = 0.01
     for a, b in zip(gradients(model, text), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        assert_close(a, b)
     recurrent = f"lstm {width}x{width}.l{layers - 1}.recurrent"
     assert (recurrent in stats.sites()) is (patched == "nr_rh_st")
     assert stats.sites()[f"dropout {width}"].used == 2 and not lost()
@@ -233,7 +235,7 @@ def test_units_are_dropped_for_the_whole_batch(
     assert torch.equal(by_step, by_step[:, :1].expand_as(by_step)), "the same units in each row of a time step"
     kept = max(1, round((1 - p) * width))
     assert (by_step[:, 0] != 0).sum(1).tolist() == [kept] * steps
-    torch.testing.assert_close(by_step.max().item(), width / kept)
+    assert_close(by_step.max(), torch.tensor(width / kept), 1, depth=1)
     assert hints.lookup(y) is not None
     del lstm
 
@@ -298,9 +300,8 @@ def test_lstm_and_projection_compute_what_torch_does_with_the_dropped_tensor(dty
     z = linear(y * multiplier)
     z.float().square().sum().backward()
     expected = [y, h, c, z, *(p.grad for p in (*lstm.parameters(), *linear.parameters()))]
-    tolerance = {torch.float32: 1e-5, torch.float64: 1e-12, torch.bfloat16: 0.1}[dtype]
     for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -444,7 +445,7 @@ def test_a_wrong_layout_is_slow_but_right() -> None:
     x = nn.Dropout(0.5)(torch.randn(4, 4, 24))
     found, _ = lstm(x)
     sd_plugin.disable("torch_nn")
-    torch.testing.assert_close(found, lstm(x)[0])
+    assert_close(found, lstm(x)[0])
     assert lost() == {"dropout 24": 1}
 
 
@@ -547,7 +548,7 @@ def test_linear_skips(bias: bool) -> None:
     x, linear = hinted(), nn.Linear(16, 5, bias=bias)
     found = linear(x)
     sd_plugin.disable("torch_nn")
-    torch.testing.assert_close(found, linear(x))
+    assert_close(found, linear(x))
     assert stats.sites()["dropout 16"].skipped > 0 and not lost()
 
 
@@ -559,9 +560,9 @@ def test_a_projection_by_addmm_skips() -> None:
     assert stats.sites()["dropout 16"].skipped > 0 and not lost()
     sd_plugin.disable("torch_nn")
     expected = torch.addmm(bias, x, weight.t())
-    torch.testing.assert_close(found, expected)
+    assert_close(found, expected)
     for a, b in zip((by_weight, by_bias), torch.autograd.grad(expected.square().sum(), (weight, bias)), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_close(a, b)
 
 
 @pytest.mark.parametrize(
@@ -610,7 +611,7 @@ def test_a_hint_survives_packing(batch_first: bool, lengths: list[int]) -> None:
     sd_plugin.enable("torch_nn", mode="nr_st")
     skipping, _ = lstm(packed)
     sd_plugin.disable("torch_nn")
-    torch.testing.assert_close(skipping.data, lstm(packed)[0].data)
+    assert_close(skipping.data, lstm(packed)[0].data)
 
 
 def test_packing_without_a_hint_is_torchs_own() -> None:
@@ -701,7 +702,7 @@ def test_gradients_are_checkpointed_as_in_torch() -> None:
     model.zero_grad()
     checkpoint(model, text, use_reentrant=False).logsumexp(-1).sum().backward()
     for parameter, gradient in zip(model.parameters(), expected[1:], strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
+        assert_close(parameter.grad, gradient)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from ..patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # As Python itself does for a script: the folder of the script is where its siblings are imported from.
@@ -33,7 +35,7 @@ class Program:
 
     def __call__(self, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, timeout=60, check=False, **options
+            self.command(*arguments), capture_output=True, text=True, timeout=PATIENCE, check=False, **options
         )
 
     def fails(self, *arguments: object, status: int = 1, **options: object) -> str:

@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+from ..patience import PATIENCE
+
 # Without it the script ends at once, and would end pytest.
 pytest.importorskip("pydantic")
 import awd_main
@@ -68,7 +70,7 @@ def launch(*arguments: object, cwd: Path, **changes: str) -> Done:
     """Run the launcher in a Python of its own."""
     command = [sys.executable, str(LAUNCHER), *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=60, env=environ(**changes), check=False
+        command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, env=environ(**changes), check=False
     )
 
 

@@ -16,6 +16,8 @@ import pytest
 from corpora import CORPORA, NAMES, Corpus, File, Origin
 from corpus_files import DataError
 
+from ..patience import PATIENCE
+
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
 
@@ -137,6 +139,16 @@ class TestUnpack:
             corpus_files.unpack(path, corpus("one", "../escaped"), tmp_path / "to")
         assert not (tmp_path / "escaped").exists()
 
+    def test_a_python_that_cannot_tell_unpacks_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The first releases of 3.10 and 3.11."""
+        path = archive(tmp_path / "a", {"tiny/one": b"1"})
+        (tmp_path / "to").mkdir()
+        for name in ("data_filter", "FilterError"):
+            monkeypatch.delattr(tarfile, name)
+        with pytest.raises(DataError, match=r"a: Python \S+ cannot unpack archives safely; .* give the folder instead"):
+            corpus_files.unpack(path, corpus("one"), tmp_path / "to")
+        assert not any((tmp_path / "to").iterdir())
+
     def test_links_that_leave_the_folder_are_refused(self, tmp_path: Path) -> None:
         with tarfile.open(tmp_path / "a", "w") as tar:
             link = tarfile.TarInfo("tiny/one")
@@ -225,10 +237,10 @@ class TestExclusive:
         held = os.open(folder, os.O_RDONLY)
         fcntl.flock(held, fcntl.LOCK_EX)
         worker.start()
-        assert waits.wait(10)
+        assert waits.wait(PATIENCE)
         folder.rmdir()
         os.close(held)
-        worker.join(10)
+        worker.join(PATIENCE)
         assert (folder / "result").exists()
 
 

@@ -16,6 +16,8 @@ pytest.importorskip("yaml")
 import demo
 from typer.testing import CliRunner
 
+from ..patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 
 LOG = """\
@@ -89,7 +91,7 @@ def test_stock_run_keeps_the_plugin_out(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("module", ["typer", "rich", "yaml"])
 def test_what_it_needs_is_said_in_a_line(without, module: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=without(module))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=without(module))
     assert done.returncode == 2
     assert done.stderr == "demo.py needs typer, rich and PyYAML: pip install '.[demo]'\n"
 
@@ -112,7 +114,7 @@ def test_failed_stage_ends_the_demo(tmp_path: Path) -> None:
     config = tmp_path / "configs" / "demo.yaml"
     config.write_text(config.read_text().replace("train.de", "nowhere.de"))
     command = [sys.executable, str(tmp_path / "scripts" / "demo.py"), "--stock"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("demo: onmt_build_vocab failed")
     assert "train/path_src" in done.stderr

@@ -33,6 +33,8 @@ from sd_plugin.bench import results
 from sd_plugin.bench.columns import BF16, FP16, FP32, TF32
 from sd_plugin.kernels import status
 
+from ..patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 BACKEND = "cpu" if status()["cpu"] is None else "reference"
@@ -42,7 +44,7 @@ MACHINE = Machine(torch.device("cpu"), BACKEND, tiny=True)
 def program(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environ)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, env=environ)
 
 
 # ---- the program ----------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def fail(message: str) -> Any:
 
 def test_a_part_that_fails_leaves_the_others_alone() -> None:
     kept: list[dict[str, Any]] = []
-    section = Section("s", 60.0, lambda parts: kept.append(json.loads(json.dumps(parts))))
+    section = Section("s", 3600.0, lambda parts: kept.append(json.loads(json.dumps(parts))))
     section.part("bad", lambda: fail("no"))
     assert section.part("good", lambda: {"us": 1 / 3, "worst": float("nan"), "at": "see /a/b/c.cu"}) == {
         "us": 0.3333,
@@ -247,7 +249,7 @@ def test_a_part_without_time_is_skipped_and_one_that_is_there_is_not_run_again()
 
 @pytest.mark.parametrize("result", [ValueError("no"), {"failed": ["case: 1"]}])
 def test_a_broken_device_ends_the_process_at_a_failure(result: Any) -> None:
-    section = Section("s", 60.0, is_broken=lambda: True)
+    section = Section("s", 3600.0, is_broken=lambda: True)
     section.part("fine", lambda: 1)
     with pytest.raises(BrokenError):
         section.part("bad", lambda: fail("no") if isinstance(result, Exception) else result)
@@ -266,12 +268,12 @@ broken = []
 def breaks():
     broken.append(1)
     raise RuntimeError("an illegal memory access")
-section = Section("s", 60.0, lambda parts: save(parts, file), parts, lambda: bool(broken), isolated=True)
+section = Section("s", 3600.0, lambda parts: save(parts, file), parts, lambda: bool(broken), isolated=True)
 try:
     section.part("first", lambda: 1)
     section.part("dies", lambda: os.kill(os.getpid(), signal.SIGSEGV))
     section.part("breaks", breaks)
-    section.part("hangs", lambda: time.sleep(60), limit=0.0)
+    section.part("hangs", lambda: time.sleep(3600), limit=0.0)
     section.part("last", lambda: 2)
 except BrokenError:
     sys.exit(BROKEN)
@@ -281,7 +283,7 @@ except BrokenError:
 def test_a_section_goes_on_after_parts_that_die_break_the_device_or_hang(tmp_path: Path) -> None:
     script, file = tmp_path / "child.py", tmp_path / "parts.json"
     script.write_text(CHILD.format(scripts=str(ROOT / "scripts"), file=str(file)))
-    parts = gpu_check.supervise([sys.executable, str(script)], file, 60.0)
+    parts = gpu_check.supervise([sys.executable, str(script)], file, PATIENCE)
     assert parts == {
         "first": 1,
         "dies": {"error": "its process ended with status -11"},
@@ -292,16 +294,19 @@ def test_a_section_goes_on_after_parts_that_die_break_the_device_or_hang(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("code", "told"),
-    [("raise SystemExit(1)", "its process ended with status 1"), ("import time; time.sleep(60)", "not end in time")],
+    ("code", "told", "limit"),
+    [
+        ("raise SystemExit(1)", "its process ended with status 1", PATIENCE),
+        (f"import time; time.sleep({2 * PATIENCE})", "not end in time", 1.0),
+    ],
 )
 def test_a_section_whose_process_does_not_begin_is_not_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, told: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, told: str, limit: float
 ) -> None:
     monkeypatch.setattr(gpu_check, "GRACE", 0.2)
     start = time.monotonic()
-    parts = gpu_check.supervise([sys.executable, "-S", "-c", code], tmp_path / "parts.json", 1.0)
-    assert told in parts["process"]["error"] and time.monotonic() - start < 30
+    parts = gpu_check.supervise([sys.executable, "-S", "-c", code], tmp_path / "parts.json", limit)
+    assert told in parts["process"]["error"] and time.monotonic() - start < PATIENCE
 
 
 def test_a_program_is_ended_with_what_it_started(tmp_path: Path) -> None:
@@ -309,7 +314,10 @@ def test_a_program_is_ended_with_what_it_started(tmp_path: Path) -> None:
     inner = f"import time, pathlib; time.sleep(2); pathlib.Path({str(tmp_path / 'alive')!r}).touch()"
     with pytest.raises(subprocess.TimeoutExpired):
         gpu_check_processes.run([sys.executable, "-S", "-c", code % inner], 1.0)
-    assert gpu_check_processes.run([sys.executable, "-S", "-c", "print(1); raise SystemExit(4)"], 30.0) == (4, "1\n")
+    assert gpu_check_processes.run([sys.executable, "-S", "-c", "print(1); raise SystemExit(4)"], PATIENCE) == (
+        4,
+        "1\n",
+    )
     time.sleep(2.0)
     assert not (tmp_path / "alive").exists()
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from sd_plugin import UsageError
 
 from ..patches import targer_stand_in as stand_in
+from ..patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("train", "dev", "test")
@@ -317,7 +318,7 @@ def launch(tmp_path: Path, checkout: Path, data: Path) -> Launch:
             env={**kept, "OMP_NUM_THREADS": "1", "PATH": f"{os.environ['PATH']}:{perl.parent}", **variables},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
             check=False,
         )
 

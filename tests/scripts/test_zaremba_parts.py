@@ -31,6 +31,8 @@ from typer.testing import CliRunner
 
 from sd_plugin import UsageError
 
+from ..patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 MEDIUM = ROOT / "configs" / "zaremba_medium.yaml"
 
@@ -617,6 +619,6 @@ def test_perplexity() -> None:
 @pytest.mark.parametrize("module", ["pydantic", "typer", "rich", "yaml", "sd_plugin"])
 def test_what_it_needs_is_said_in_a_line(without, module: str) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "zaremba_main.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=without(module))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, env=without(module))
     assert done.returncode == 2
     assert done.stderr == "zaremba_main.py needs sd-plugin, pydantic, typer, rich and PyYAML: pip install '.[demo]'\n"

@@ -16,6 +16,7 @@ from sd_plugin import Case, StackedStructuredLSTM, StructuredDropout, Structured
 from sd_plugin.patterns import draw as draw_pattern
 
 from .. import truth
+from ..tolerances import assert_close
 
 States = tuple[Tensor, Tensor]
 MODES = ["random", "nr_st", "nr_rh_st"]
@@ -80,7 +81,7 @@ def test_without_dropout_training_is_the_eval_path(
 
     trained = results()
     module.eval()
-    torch.testing.assert_close(trained, results(), rtol=1e-12, atol=1e-12)
+    assert_close(trained, results())
 
 
 @given(
@@ -113,8 +114,8 @@ def test_a_run_drops_as_a_layer_over_the_sequence_would(
     expected = list(truth.lstm(x, *states, named, drops, [steps] * batch))
 
     leaves = [x, *module.parameters()]
-    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(gradients(got, leaves), gradients(expected, leaves), rtol=1e-11, atol=1e-11)
+    assert_close(got, expected)
+    assert_close(gradients(got, leaves), gradients(expected, leaves))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -187,7 +188,7 @@ def test_a_hint_of_many_steps_is_not_followed() -> None:
     module = stack(1, 6, 4)
     x = StructuredDropout(0.5)(torch.randn(5, 1, 6, dtype=torch.float64)).view(5, 6)
     y, _ = module(x, zeros(module, 5))
-    torch.testing.assert_close(y, module.eval()(x, zeros(module, 5))[0], rtol=1e-12, atol=1e-12)
+    assert_close(y, module.eval()(x, zeros(module, 5))[0])
 
 
 def test_copies_drop_alike() -> None:

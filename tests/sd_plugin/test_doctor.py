@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sd_plugin import doctor, kernels, patches
 from sd_plugin._environment import TARGETS
@@ -183,6 +184,32 @@ def test_without_start_up_files_nothing_counts_as_patched():
     (finding,) = host(report, "torch_nn")["found"]
     assert not finding["patched"]
     assert "python -m sd_plugin" in finding["why"]
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        ("2.2.2", None), ("2.14.1+cu128", None),
+        ("2.15.0", "newer than what this version of sd-plugin was tested with 2.2 to 2.14"),
+        ("3.0.0a0+git1", "newer than"), ("2.1.2", "not supported: tested with"), ("built by hand", "not supported"),
+    ],
+)  # fmt: skip
+def test_a_torch_that_was_not_tested_is_told_in_one_line(monkeypatch, version, told):
+    monkeypatch.setattr(torch, "__version__", version)
+    report = doctor.examine({})
+    assert (report["untested"] or "").startswith(f"torch {version} " if told else "")
+    assert (told is None) is (report["untested"] is None)
+    lines = doctor.render(report).splitlines()
+    assert sum(told in line for line in lines) == 1 if told else lines[1].startswith("start-up hook")
+
+
+def test_a_torch_that_was_not_tested_is_no_reason_to_warn():
+    program = (
+        "import torch; torch.__version__ = '2.99.0'; import sd_plugin, sd_plugin.patches; sd_plugin.enable('torch_nn');"
+        "torch.nn.LSTM(3, 4)(torch.ones(2, 1, 3))"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_an_unknown_option_is_wrong_use():

@@ -12,6 +12,8 @@ from torch import nn
 from sd_plugin import StructuredDropoutLSTM
 from sd_plugin.functional import linear
 
+from ..tolerances import assert_close
+
 
 def in_place(module: nn.Module) -> None:
     with torch.no_grad():
@@ -55,7 +57,7 @@ def test_a_changed_weight_is_used(change: Callable[[nn.Module], None]) -> None:
     fresh.load_state_dict(lstm.state_dict())
     after = lstm(x)[0]
     assert not torch.allclose(before, after, atol=1e-3)
-    torch.testing.assert_close(after, fresh(x)[0], rtol=1e-5, atol=1e-6)
+    assert_close(after, fresh(x)[0])
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -65,7 +67,7 @@ def test_a_changed_projection_is_used(change: Callable[[nn.Module], None]) -> No
     linear(x, layer.weight, layer.bias, native=False)
     change(layer)
     got = linear(x, layer.weight, layer.bias, native=False)
-    torch.testing.assert_close(got, layer(x), rtol=1e-5, atol=1e-6)
+    assert_close(got, layer(x))
 
 
 def test_a_graph_may_be_walked_twice() -> None:
@@ -77,6 +79,6 @@ def test_a_graph_may_be_walked_twice() -> None:
     loss.backward()
     for parameter, grad in zip(lstm.parameters(), once, strict=True):
         assert grad is not None
-        torch.testing.assert_close(parameter.grad, 2 * grad)
+        assert_close(parameter.grad, 2 * grad)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()

@@ -19,6 +19,7 @@ from sd_plugin import Case, StructuredDropout, StructuredDropoutLSTM, Structured
 from sd_plugin.patterns import draw as draw_pattern
 
 from .. import truth
+from ..tolerances import assert_close
 
 #: mode, recurrent dropout, locked, sampling
 DROPPING = [
@@ -111,8 +112,8 @@ def test_drops_where_it_says_and_nowhere_else(
     expected, h_n, c_n = truth.lstm(x, h0, c0, dict(module.named_parameters()), drops, lengths)
 
     outputs, wanted = [got, h, c], [expected, h_n, c_n]
-    torch.testing.assert_close(outputs, wanted, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(gradients(module, outputs, x), gradients(module, wanted, x), rtol=1e-10, atol=1e-10)
+    assert_close(outputs, wanted)
+    assert_close(gradients(module, outputs, x), gradients(module, wanted, x))
 
 
 @pytest.mark.parametrize("form", ["time-major", "batch-first", "unbatched", "packed"])
@@ -168,10 +169,8 @@ def test_a_hinted_input_is_only_faster(
     assert skipped.used == 1
     assert skipped.dense > 0
     expected, states = module(dropped.clone())
-    torch.testing.assert_close([y, h, c], [expected, *states], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        gradients(module, [y, h, c], x), gradients(module, [expected, *states], x), rtol=1e-12, atol=1e-12
-    )
+    assert_close([y, h, c], [expected, *states])
+    assert_close(gradients(module, [y, h, c], x), gradients(module, [expected, *states], x))
 
 
 @given(
@@ -192,7 +191,7 @@ def test_a_hint_of_other_time_steps_is_not_followed(
         "unsqueeze": dropped.view(steps * batch, size),
     }[to]
     module = StructuredDropoutLSTM(size, 3, native=False, batch_first=batch_first, dtype=torch.float64)
-    torch.testing.assert_close(module(x)[0], module(x.clone())[0], rtol=1e-12, atol=1e-12)
+    assert_close(module(x)[0], module(x.clone())[0])
 
 
 def test_dropped_output_lets_the_next_product_skip() -> None:
@@ -211,7 +210,7 @@ def test_unbatched_dropped_output_lets_the_next_product_skip() -> None:
     lstm = StructuredDropoutLSTM(4, 8, output_dropout=0.5, dtype=torch.float64)
     projection = StructuredLinear(8, 3, dtype=torch.float64)
     y, _ = lstm(torch.randn(5, 4, dtype=torch.float64))
-    torch.testing.assert_close(projection(y), projection(y.clone()))
+    assert_close(projection(y), projection(y.clone()))
     assert stats.sites()["lstm.output"].used == 1
 
 
@@ -222,7 +221,7 @@ def test_final_states_are_not_dropped_with_the_output() -> None:
     assert bool((c != 0).all())
     kept = y[-1] != 0
     assert kept.sum() == 2 * 4
-    torch.testing.assert_close(y[-1][kept], 2 * h[0][kept])
+    assert_close(y[-1][kept], 2 * h[0][kept])
 
 
 @pytest.mark.parametrize("how", DROPPING)
@@ -245,7 +244,7 @@ def test_a_graph_kept_gives_its_gradient_again(how: tuple[str, float, bool, str]
     once = [leaf.grad.clone() for leaf in (x, *module.parameters())]
     loss.backward()
     for leaf, grad in zip((x, *module.parameters()), once, strict=True):
-        torch.testing.assert_close(leaf.grad, 2 * grad, rtol=1e-12, atol=1e-12)
+        assert_close(leaf.grad, 2 * grad)
         assert bool((grad != 0).any())
 
 
@@ -268,7 +267,7 @@ def test_no_grad_training_mode_drops_the_same(how: tuple[str, float, bool, str])
             y = module(x)[0]
         assert not y.requires_grad
         # Not bit for bit: in inference mode no hint can be trusted, and sums run over the zeros as well.
-        torch.testing.assert_close(y, expected.detach(), rtol=1e-12, atol=1e-12)
+        assert_close(y, expected.detach())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

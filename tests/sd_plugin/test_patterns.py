@@ -22,6 +22,8 @@ from sd_plugin import (
 )
 from sd_plugin.kernels import Kept
 
+from ..tolerances import assert_close
+
 #: Standard errors within which a sample mean must be; seeds are fixed, so this fails always or never.
 SIGMAS = 5.0
 PROBABILITIES = st.floats(0, 1, exclude_max=True)
@@ -79,7 +81,7 @@ def test_mask_is_zero_or_one_over_q(steps: int, batch: int, size: int, p: float,
     assert mask.shape == (steps, batch, size)
     assert mask.dtype == torch.float64
     kept = mask[mask != 0]
-    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - p)))
+    assert_close(kept, torch.full_like(kept, 1 / (1 - p)))
     if locked and steps:
         assert torch.equal(mask, mask[:1].expand_as(mask))
 
@@ -179,7 +181,7 @@ def test_a_dropped_element_is_zero_and_a_kept_one_scaled(
     exact = case.structured and sampling == "exact"
     scale = size / max(1, round((1 - p) * size)) if exact else 1 / (1 - p)
     kept = factor[factor != 0]
-    torch.testing.assert_close(kept, torch.full_like(kept, scale))
+    assert_close(kept, torch.full_like(kept, scale))
     if exact and y.numel():
         assert bool((y != 0).any(-1).all()), "at least one unit is kept"
 

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from ..patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT_FOLDERS = ("sd_plugin", "kernels", "patches")
 PROJECT_FILES = ("pyproject.toml", "setup.py", "sd_plugin.pth", "sd_plugin.start", "LICENSE", "README.md")
@@ -72,7 +74,7 @@ class Environment:
             env=clean_environ(**environ),
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
         )
 
     def script(self, code: str, **environ: str) -> subprocess.CompletedProcess[str]:
