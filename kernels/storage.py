@@ -32,7 +32,8 @@ def has_memory(tensor: Tensor) -> bool:
             return False
         raise RuntimeError(
             "products that skip dropped units cannot see through torch.func transforms (vmap, grad, jvp, ...) or "
-            "is_grads_batched=True: differentiate without them, or in eval mode"
+            "is_grads_batched=True: do without them, call .eval() first, or sd_plugin.to_stock(model) for torch's own "
+            "dropout"
         ) from error
 
 

@@ -5,6 +5,7 @@ A module of ours that drops nothing is torch's own to them; one that does is run
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -27,9 +28,6 @@ is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambd
 #: What ``torch.fx`` passes through a program in place of a tensor.
 Proxy: Any = fx.Proxy
 
-#: A tensor inside ``torch.func.vmap``, ``grad`` and the like.
-_is_transformed: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
-
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -41,26 +39,40 @@ def is_stock(module: nn.Module) -> bool:
     return is_compiling() and (not module.training or is_exporting())
 
 
-def _is_recorded(x: Tensor) -> bool:
-    """``x`` stands for a tensor, or what is done with it is written down: kernels cannot be run on it."""
-    if torch._C._get_tracing_state() is not None or x.is_meta or _is_transformed(x):
+def _is_written_down() -> bool:
+    """What runs becomes a program (``torch.jit.trace``, ``torch.export``, ``make_fx``), or is not run at all.
+
+    What a kernel returns would be a constant in that program.
+    """
+    if torch._C._get_tracing_state() is not None or is_exporting():
         return True
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    if proxies is None:
+        return False
+    # torch 2.2 has it under another name.
+    mode = getattr(proxies, "get_proxy_mode", None) or proxies.get_innermost_proxy_mode
+    return mode() is not None
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Operations on ``x`` are torch's own, on memory: it is no fake or meta tensor, nor in a transform."""
     kind = type(x)
     # A subclass that has operations of its own, as fake tensors do; others are ordinary memory.
-    return kind not in _PLAIN and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+    own = kind in _PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return own and not x.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
-def is_recorded(*tensors: Tensor) -> bool:
-    """Operations on these are recorded, by whatever tool."""
-    return is_compiling() or any(_is_recorded(x) for x in tensors)
+def is_recorded(x: Tensor) -> bool:
+    """Operations on ``x`` are recorded, by whatever tool, so that kernels on its memory would not do."""
+    return is_compiling() or _is_written_down() or not _is_plain(x)
 
 
-def refuse_recording(module: nn.Module, x: Tensor) -> None:
-    """RuntimeError if kernels that ``module`` runs on ``x`` cannot be recorded, or have no memory to run on."""
-    if _is_recorded(x):
+def refuse_recording(module: nn.Module) -> None:
+    """RuntimeError if what ``module`` runs is written down: kernels of its own cannot be."""
+    if _is_written_down():
         raise RuntimeError(
             f"{type(module).__name__} runs kernels of its own in training, which torch.jit.trace, torch.export and "
-            f"torch.func cannot look into, and for which fake and meta tensors have no memory: {REMEDY}"
+            f"make_fx cannot look into: {REMEDY}"
         )
 
 

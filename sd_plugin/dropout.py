@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _capture, functional
+from ._compile import opaque
 from .kernels import Steps
 from .patterns import Case, check_probability, check_sampling
 
@@ -55,7 +56,11 @@ class StructuredDropout(nn.Dropout):
     def _drop(self, input: Tensor) -> Tensor:
         if isinstance(input, _capture.Proxy):
             return _capture.as_node(self, super().forward, True, input)  # type: ignore[no-any-return]
-        _capture.refuse_recording(self, input)
+        return self._drop_units(input)
+
+    @opaque
+    def _drop_units(self, input: Tensor) -> Tensor:
+        _capture.refuse_recording(self)
         if input.dim() not in (2, 3):
             raise ValueError(f"StructuredDropout takes 2 or 3 dimensions, got shape {tuple(input.shape)}")
         steps = Steps.packed(input.shape[:1]) if input.dim() == 2 else Steps(int(self.batch_first))

@@ -224,10 +224,9 @@ class StructuredDropoutLSTM(nn.LSTM):
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
         if self._is_native(input):
             return self._forward_native(input, hx)
+        _capture.refuse_recording(self)
         if isinstance(input, PackedSequence):
-            _capture.refuse_recording(self, input.data)
             return self._forward_packed(input, hx)
-        _capture.refuse_recording(self, input)
         return self._forward_tensor(input, hx)
 
     # (Compiled by torch.jit.script too.)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from sd_plugin.kernels.cpu import build, toolchain
+from sd_plugin.kernels import cache_folder
+from sd_plugin.kernels.cpu import toolchain
 from sd_plugin.kernels.cpu.toolchain import BuildError, Target
 
 from ..patience import PATIENCE
@@ -72,7 +73,7 @@ def test_kernels_are_clean(isa: str) -> None:
     if toolchain.ISAS.index(isa) > toolchain.ISAS.index(best):
         pytest.skip(f"this machine does no more than {best}")
 
-    cache = build.cache_folder() / "sanitized"
+    cache = cache_folder.made("sanitized")
     told = {"SD_PLUGIN_CPU_ISA": isa, cases.SHARE: str(SHARE)}
     done = pytest_under("both", cache, "-k", "cpu", *KERNEL_TESTS, **told)
 
