@@ -36,7 +36,7 @@ def _find_compiler() -> Callable[[], object]:
         eval_frame.set_eval_frame(callback)
         return callback
 
-    eval_frame.skip_code(ask.__code__)
+    eval_frame.skip_code(ask.__code__)  # type: ignore[attr-defined]
     return ask
 
 
