@@ -34,7 +34,7 @@ from .ops import (
     lstm_pack,
 )
 from .steps import TIME_MAJOR, Steps
-from .storage import has_memory, place
+from .storage import has_memory, place, refuse_transforms
 
 __all__ = [
     "BACKENDS",
@@ -70,5 +70,6 @@ __all__ = [
     "lstm_forward",
     "lstm_pack",
     "place",
+    "refuse_transforms",
     "status",
 ]

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 #: Types whose operations are torch's own; a look at the type is all that most tensors cost.
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
+NO_TRANSFORMS = (
+    "products that skip dropped units cannot see through torch.func transforms (vmap, grad, jvp, ...) or "
+    "is_grads_batched=True: do without them, call .eval() first, or sd_plugin.to_stock(model) for torch's own dropout"
+)
+
 
 def has_memory(tensor: Tensor) -> bool:
     """The values of ``tensor`` lie in memory; False of fake, meta and sparse tensors and of subclasses that dispatch.
@@ -30,11 +35,13 @@ def has_memory(tensor: Tensor) -> bool:
     except RuntimeError as error:
         if tensor.layout != torch.strided:
             return False
-        raise RuntimeError(
-            "products that skip dropped units cannot see through torch.func transforms (vmap, grad, jvp, ...) or "
-            "is_grads_batched=True: do without them, call .eval() first, or sd_plugin.to_stock(model) for torch's own "
-            "dropout"
-        ) from error
+        raise RuntimeError(NO_TRANSFORMS) from error
+
+
+def refuse_transforms() -> None:
+    """RuntimeError within a ``torch.func`` transform, whether or not it wraps the tensors at hand."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(NO_TRANSFORMS)
 
 
 def place(tensor: Tensor) -> int:

@@ -55,11 +55,14 @@ def _is_written_down() -> bool:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Operations on ``x`` are torch's own, on memory: it is no fake or meta tensor, nor in a transform."""
+    """Operations on ``x`` are torch's own, on memory: it is no fake or meta tensor, nor is a transform active.
+
+    One that does not wrap ``x`` may wrap what it meets.
+    """
     kind = type(x)
     # A subclass that has operations of its own, as fake tensors do; others are ordinary memory.
     own = kind in _PLAIN or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-    return own and not x.is_meta and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return own and not x.is_meta and not torch._C._are_functorch_transforms_active()
 
 
 def is_recorded(x: Tensor) -> bool:

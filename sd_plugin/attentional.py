@@ -13,7 +13,7 @@ import torch
 from . import _check, _stash, hints, kernels
 from ._autocast import autocast_dtype
 from ._compile import opaque
-from .functional import Operand, once_differentiable, pack_parameters
+from .functional import Operand, Operation, once_differentiable, pack_parameters
 from .kernels import DecoderPatterns, DecoderWeights, Kept, Steps, has_memory
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class _Call:
             operand.count(rows, columns, self.backend, products)
 
 
-class _AttentionalDecoder(torch.autograd.Function):
+class _AttentionalDecoder(Operation):
     """See :func:`sd_plugin.kernels.decoder_forward`."""
 
     @staticmethod

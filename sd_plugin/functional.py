@@ -18,7 +18,7 @@ from ._autocast import cast_for_autocast, without_autocast
 from ._compile import opaque
 from ._route import Route
 from .hints import Draw, Part
-from .kernels import TIME_MAJOR, Kept, PackedWeights, Steps, Wanted, has_memory
+from .kernels import TIME_MAJOR, Kept, PackedWeights, Steps, Wanted, has_memory, refuse_transforms
 from .patterns import Case
 from .patterns import draw as draw_pattern
 
@@ -43,6 +43,16 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return checked(ctx, *gradients)
 
     return refuse_graph
+
+
+class Operation(torch.autograd.Function):
+    """One that runs kernels on memory, which no transform of ``torch.func`` can look into."""
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """As torch's; RuntimeError within a transform, in a sentence of ours instead of torch's page."""
+        refuse_transforms()
+        return super().apply(*arguments)
 
 
 @opaque
@@ -146,7 +156,7 @@ class Operand:
                     stats.count_product(site, Kept.all(1, part.kept.size), rows * dense, columns, backend)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Operation):
     """``x Wᵀ + b`` visiting kept columns of ``x`` only."""
 
     @staticmethod
@@ -242,7 +252,7 @@ class LayerCall:
         self.recurrent.count(rows, 4 * hidden, backend, products)
 
 
-class _LSTMLayer(torch.autograd.Function):
+class _LSTMLayer(Operation):
     """One layer, one direction, over a sequence."""
 
     @staticmethod

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from . import _capture, kernels
 from ._compile import opaque
-from .functional import once_differentiable
+from .functional import Operation, once_differentiable
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Operation):
     """The loss of each row, ``[R]``."""
 
     @staticmethod

@@ -1,8 +1,9 @@
 """Whether torch records what is called: what stands in for its functions must then be torch's own.
 
 `is_traced` is what a replacement asks before anything else. ``torch.compile`` knows the answer while it reads the
-replacement's code, and so sees nothing there but the call of torch's function. `is_watched` finds all others, and is
-asked only by who would do something else than torch.
+replacement's code, and so sees nothing there but the call of torch's function. `compiler` is asked next, before any
+other function of this package: the compiler would read that too, in vain, and warn of what it does not know in there.
+`is_watched` finds all others, and is asked only by who would do something else than torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,31 @@ is_traced: Callable[[], bool] = (
 )
 
 
+def _find_compiler() -> Callable[[], object]:
+    # There if torch is, unlike what `torch._dynamo` imports.
+    from torch._C._dynamo import eval_frame
+
+    # It has no code that could be read, being torch's own in C.
+    if hasattr(eval_frame, "get_eval_frame_callback"):
+        found: Callable[[], object] = eval_frame.get_eval_frame_callback
+        return found
+
+    # torch 2.2 to 2.5 tell it only to who changes it.
+    def ask() -> object:
+        if "torch._dynamo" not in sys.modules:
+            return None
+        callback = eval_frame.set_eval_frame(None)
+        eval_frame.set_eval_frame(callback)
+        return callback
+
+    eval_frame.skip_code(ask.__code__)  # type: ignore[attr-defined]
+    return ask
+
+
+#: Not None while a function under ``torch.compile`` runs, between two of its graphs.
+compiler = _find_compiler()
+
+
 def is_watched() -> bool:
     """Somebody is to see the operations of torch that this call comes to, or runs it on tensors without memory.
 
@@ -28,19 +54,5 @@ def is_watched() -> bool:
         torch.jit.is_tracing()  # type: ignore[attr-defined]
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
-        or _is_between_graphs()
+        or compiler() is not None
     )
-
-
-def _is_between_graphs() -> bool:
-    # Importing it takes a second. It is there if the program compiles anything.
-    if "torch._dynamo" not in sys.modules:
-        return False
-    from torch._C._dynamo import eval_frame
-
-    # torch 2.2 to 2.5 tell it only to who changes it.
-    if hasattr(eval_frame, "get_eval_frame_callback"):
-        return eval_frame.get_eval_frame_callback() is not None
-    callback = eval_frame.set_eval_frame(None)
-    eval_frame.set_eval_frame(callback)
-    return callback is not None

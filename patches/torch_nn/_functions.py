@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import _hints
-from ._capture import is_traced, is_watched
+from ._capture import compiler, is_traced, is_watched
 from ._modules import are_ordinary
 
 
@@ -36,7 +36,8 @@ def addmm(stock: Any) -> Any:
     @functools.wraps(stock)
     def addmm(*args: Any, **kwargs: Any) -> Any:
         # Factors, other spellings and a bias that is not one of a linear layer are torch's.
-        if len(args) == 3 and not kwargs and not is_traced() and _hints.find(args[1]) is not None:
+        known = len(args) == 3 and not kwargs
+        if known and not is_traced() and compiler() is None and _hints.find(args[1]) is not None:
             bias, x, weight = args
             if are_ordinary(weight, bias) and x.dim() == 2 and bias.shape == weight.shape[1:]:
                 from sd_plugin import functional
@@ -55,7 +56,7 @@ def packing(stock: Any) -> Any:
         input: Tensor, lengths: Any, batch_first: bool = False, enforce_sorted: bool = True
     ) -> PackedSequence:
         packed: PackedSequence = stock(input, lengths, batch_first, enforce_sorted)
-        if not is_traced() and _hints.find(input) is not None and not is_watched():
+        if not is_traced() and compiler() is None and _hints.find(input) is not None and not is_watched():
             from sd_plugin.kernels import Steps
 
             # Sorting moves rows within a time step, where all have the same kept units.

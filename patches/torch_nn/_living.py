@@ -61,7 +61,7 @@ class LivingLSTMs:
         """``batch_first`` of the LSTMs that can use a hint and take or give ``width`` units."""
         layouts = self._layouts
         if width not in layouts:
-            found = (reference() for reference, _ in tuple(self._known.values()))
+            found = (reference() for reference, _ in list(self._known.values()))
             takers = [lstm for lstm in found if lstm is not None and _takes(lstm, width)]
             layouts[width] = frozenset(lstm.batch_first for lstm in takers)
         return layouts[width]

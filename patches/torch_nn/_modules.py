@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from sd_plugin._report import count
 
 from . import _hints
-from ._capture import is_traced, is_watched
+from ._capture import compiler, is_traced, is_watched
 from ._classes import dropout_change, is_structured, lstm_change
 from ._living import lstms
 from ._packed import rows
@@ -25,6 +25,7 @@ from ._settings import Settings
 if TYPE_CHECKING:
     from sd_plugin.kernels import Steps
 
+WATCHED = "calls under torch.compile, torch.jit.trace, torch.export, torch.func or a dispatch mode"
 #: Widths of the activations whose layout was asked for in a warning.
 warned: set[int] = set()
 
@@ -35,6 +36,9 @@ def dropout_forward(settings: Settings, stock: Any) -> Any:
     @functools.wraps(stock)
     def forward(self: nn.Dropout, input: Tensor) -> Any:
         if not self.training or is_traced():
+            return stock(self, input)
+        if compiler() is not None:
+            count(WATCHED)
             return stock(self, input)
         steps = _dropout_steps(self, input, settings)
         return stock(self, input) if steps is None else _drop(self, input, steps, settings)
@@ -78,7 +82,7 @@ def _is_a_width(width: int) -> bool:
 
 def _is_left_to_watchers() -> bool:
     if is_watched():
-        count("calls under torch.compile, torch.jit.trace, torch.export, torch.func or a dispatch mode")
+        count(WATCHED)
         return True
     return False
 
@@ -125,6 +129,9 @@ def lstm_forward(settings: Settings, stock: Any) -> Any:
     @functools.wraps(stock)
     def forward(self: nn.LSTM, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None) -> Any:
         if not self.training or is_traced():
+            return stock(self, input, hx)
+        if compiler() is not None:
+            count(WATCHED)
             return stock(self, input, hx)
         options = _lstm_options(self, input, settings)
         if options is None:
@@ -178,7 +185,8 @@ def linear_forward(stock: Any) -> Any:
     @functools.wraps(stock)
     def forward(self: nn.Linear, input: Tensor) -> Any:
         # In this order: most calls have no hint, and looking up a module's parameters takes its time.
-        if not is_traced() and _hints.find(input) is not None and are_ordinary(self.weight, self.bias):
+        watched = is_traced() or compiler() is not None
+        if not watched and _hints.find(input) is not None and are_ordinary(self.weight, self.bias):
             from sd_plugin import functional
 
             return functional.linear(input, self.weight, self.bias)

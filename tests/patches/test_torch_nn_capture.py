@@ -121,6 +121,21 @@ def test_a_function_that_calls_an_lstm_compiles_as_in_torch() -> None:
     assert_alike(lambda: trained(compiled(), list(lstm.parameters()), activation()))
 
 
+def test_the_compiler_reads_no_more_of_the_patch_than_the_replacements() -> None:
+    """It takes to each function that a compiled one calls, and warns of what it cannot read in there."""
+    lstm, drop, linear = nn.LSTM(K, K, 2, dropout=0.5), nn.Dropout(0.5), nn.Linear(K, K)
+    sd_plugin.enable("torch_nn")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(lambda x: linear(drop(lstm(drop(x))[0])), backend="aot_eager")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        compiled(activation())
+    # The function itself, and four calls of what was replaced, each of which it may begin anew once.
+    assert torch._dynamo.utils.counters["frames"]["total"] <= 2 * 5
+    assert not [str(warning.message) for warning in told if "sd_plugin" in str(warning.message)]
+
+
 @pytest.mark.parametrize("backend", [eager, "aot_eager"])
 def test_what_torch_compiles_in_one_graph_is_one_graph(backend: str) -> None:
     model = LanguageModel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -310,3 +311,27 @@ def test_this_librarys_own_dropout_is_left_alone() -> None:
     lstm = nn.LSTM(K, K)
     y, _ = lstm(StructuredDropout(0.5, site="own")(torch.randn(4, 3, K)))
     assert not isinstance(y, PackedSequence) and stats.sites()["own"].drawn == 1
+
+
+def test_lstms_may_be_collected_while_the_others_are_looked_through() -> None:
+    """The collector runs whenever enough was made, and what it finds then is forgotten at once."""
+    sd_plugin.enable("torch_nn")
+    drop, x = nn.Dropout(0.5), torch.randn(2, 3, K)
+    drop(x)
+    before = gc.get_threshold()
+    gc.collect()
+    # All that is there already is not looked through again.
+    gc.freeze()
+    try:
+        for threshold in range(1, 500):
+            gc.collect()
+            gc.disable()
+            gone = nn.LSTM(K, K)
+            gone.cycle = [gone]
+            del gone
+            gc.set_threshold(threshold)
+            gc.enable()
+            drop(x)
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()

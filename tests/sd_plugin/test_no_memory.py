@@ -92,7 +92,16 @@ REFUSED: dict[str, Callable[[], Any]] = {
     ),
     "grad": lambda: torch.func.grad(lambda x: Model()(x, inputs()[1])[-1])(inputs()[0]),
     "jvp": lambda: torch.func.jvp(lambda x: Model()(x, inputs()[1])[-1], inputs()[:1], inputs()[:1]),
-    "functional_call": lambda: _functional_call(),
+    "functional_call": lambda: _functional_call(
+        StructuredDropoutLSTM(UNITS, 4, recurrent_dropout=0.5), lambda y: y[0], inputs()[0]
+    ),
+    # Nothing is drawn within the transform, which wraps the parameters alone.
+    "product of a dropped tensor": lambda: _functional_call(
+        StructuredLinear(UNITS, 4), lambda y: y, StructuredDropout(0.5)(inputs()[0])
+    ),
+    "layer that drops nothing": lambda: _functional_call(
+        StructuredDropoutLSTM(UNITS, 4, native=False), lambda y: y[0], inputs()[0]
+    ),
     "batched layer": lambda: _batched(lambda x: StructuredDropoutLSTM(UNITS, 4, recurrent_dropout=0.5)(x)[0]),
     "batched product": lambda: _batched(lambda x: StructuredLinear(UNITS, 4)(StructuredDropout(0.5)(x))),
     "batched loss": lambda: _batched(
@@ -101,11 +110,10 @@ REFUSED: dict[str, Callable[[], Any]] = {
 }
 
 
-def _functional_call() -> Any:
-    model = StructuredDropoutLSTM(UNITS, 4, recurrent_dropout=0.5)
+def _functional_call(model: nn.Module, result: Callable[[Any], Tensor], x: Tensor) -> Any:
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     call = torch.func.functional_call
-    return torch.func.grad(lambda given: call(model, given, inputs()[:1])[0].sum())(parameters)
+    return torch.func.grad(lambda given: result(call(model, given, (x,))).sum())(parameters)
 
 
 def _batched(function: Callable[[Tensor], Tensor]) -> Any:
@@ -125,6 +133,13 @@ def test_transforms_work_where_nothing_is_dropped() -> None:
     x = torch.randn(5, STEPS, BATCH, UNITS)
     y = torch.vmap(lambda one: model.linear(model.dropout(one)[..., :4]))(x)
     torch.testing.assert_close(y, model.linear(x[..., :4]))
+
+
+def test_the_loss_is_torchs_own_within_a_transform() -> None:
+    scores, targets = torch.randn(BATCH, CLASSES), torch.randint(0, CLASSES, (5, BATCH))
+    found = torch.vmap(lambda target: FusedCrossEntropyLoss()(scores, target))(targets)
+    expected = torch.vmap(lambda target: nn.functional.cross_entropy(scores, target))(targets)
+    torch.testing.assert_close(found, expected)
 
 
 def test_empty_tensors_have_memory_of_no_size() -> None:
