@@ -7,6 +7,7 @@ that are not finite where units were dropped, and kept units out of order.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,8 +22,17 @@ if TYPE_CHECKING:
     from .kernels import Kept, Steps
 
 
+def _is_asked_for() -> bool:
+    try:
+        return read_check(os.environ)
+    except ValueError as error:
+        # Whoever sets it to something wants a check.
+        warnings.warn(f"sd-plugin: {error}; it is on", stacklevel=2)
+        return True
+
+
 #: Read once: a program that does not check pays for a look at this name.
-ENABLED = read_check(os.environ)
+ENABLED = _is_asked_for()
 
 
 class CheckError(RuntimeError):
