@@ -47,6 +47,7 @@ from reproduction.estimates import Estimates
 from reproduction.execution import RunError
 from reproduction.queueing import State
 from reproduction.rows import Row
+from user_input import run_app
 
 from sd_plugin.errors import UsageError
 
@@ -59,7 +60,9 @@ _WIDTH = 150
 
 _out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
 _err = Console(stderr=True, soft_wrap=True, highlight=False)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+#: With a mark before the paragraph of commands, which says that its lines stay as they are.
+_HELP = (__doc__ or "").replace("\n\n    python", "\n\n\b\n    python")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=_HELP)
 
 
 def say(text: str) -> None:
@@ -325,4 +328,4 @@ def table_(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, "reproduce.py")

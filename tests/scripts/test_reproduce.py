@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -344,3 +345,29 @@ def test_a_page_is_checked_against_the_results(program: Callable[..., Result], t
     (broken / "result.json").write_text("{}")
     done = invoke(reproduce.app, ["table", *places])
     assert done.exit_code == 2 and "is not of schema 1" in refused(done)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "Missing command."),
+        (["nosuch"], "No such command 'nosuch'."),
+        (["run"], "Missing argument 'ROW'."),
+        (["run", "table1/medium/random", "--epochs", "0"], "Invalid value for '--epochs': "),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(arguments: list[str], told: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {told}") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_help_shows_a_command_a_line() -> None:
+    """They can be copied from there."""
+    shown = CliRunner().invoke(reproduce.app, ["--help"]).output
+    commands = [line for line in (reproduce.__doc__ or "").splitlines() if "python scripts/" in line]
+    assert len(commands) == 7
+    assert [line.strip() for line in shown.splitlines() if "python scripts/" in line] == [
+        line.strip() for line in commands
+    ]

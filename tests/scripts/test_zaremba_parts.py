@@ -470,20 +470,6 @@ def test_folder_that_cannot_be_made_or_written(zaremba, text: Path, tmp_path: Pa
         assert "Permission denied" in refusal(zaremba(status=2))
 
 
-def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "file"
-    training_state.write_whole(file, b"old")
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        training_state.write_whole(file, b"new")
-    assert caught.value.filename == str(file)
-    assert contents(tmp_path) == {"file": b"old"}
-
-
 # ------------------------------------------------------------------------------------------------ the rest
 
 
