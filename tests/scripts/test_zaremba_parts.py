@@ -90,7 +90,7 @@ def test_schedules_of_the_paper() -> None:
     ("change", "said"),
     [
         ("mode=nr_sd", "mode must be one of random, nr_st, nr_rh_st, got 'nr_sd'"),
-        ("hidden=3", f"{MEDIUM}: unknown key hidden; valid: data, mode, hidden_size,"),
+        ("hidden=3", "--set: unknown key hidden; valid: data, mode, hidden_size,"),
         ("hidden_size=0", "hidden_size must be a whole number from 1 to 2**63 - 1, got 0"),
         ("hidden_size=2.5", "hidden_size must be a whole number from 1 to 2**63 - 1, got 2.5"),
         ("hidden_size=true", "hidden_size must be a whole number from 1 to 2**63 - 1, got True"),
