@@ -5,7 +5,7 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .ONESHELL:
-.PHONY: help venv demo test lint clean
+.PHONY: help venv demo test exhaustive lint clean
 
 PYTHON ?= python3
 # More threads than idle cores make small tensor operations several times slower.
@@ -22,7 +22,7 @@ SOURCES := sd_plugin kernels patches
 TYPECHECK := build/typecheck
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## Make the virtual environment .venv (PYTHON=python3.12 chooses another Python)
 
@@ -43,10 +43,14 @@ demo: $(STAMP)  ## Train a small translator with structured dropout on the CPU, 
 # nothing there, which is an error if it is so in both.
 test: $(STAMP)  ## Run the tests (PYTEST_ARGS='-k name' selects some)
 	trap 'exit 130' INT; kernels=0; rest=0
-	OMP_WAIT_POLICY=passive $(BIN)/pytest $(SPREAD) $(PYTEST_ARGS) tests/kernels || kernels=$$?
-	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) --ignore tests/kernels $(PYTEST_ARGS) || rest=$$?
+	OMP_WAIT_POLICY=passive $(BIN)/pytest $(SPREAD) -m 'not exhaustive' $(PYTEST_ARGS) tests/kernels || kernels=$$?
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m 'not exhaustive' --ignore tests/kernels $(PYTEST_ARGS) || rest=$$?
 	for status in $$kernels $$rest; do test $$status -eq 0 -o $$status -eq 5 || exit $$status; done
 	test $$kernels -eq 0 -o $$rest -eq 0
+
+# For whoever changes kernels or what tests them.
+exhaustive: $(STAMP)  ## Run what "make test" leaves out: every mutant, CUDA instantiation and sanitized build
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m exhaustive $(PYTEST_ARGS)
 
 # mypy knows neither the package mapping nor the import hook of an editable install, so it sees the sources
 # through a folder of links laid out as they are installed. Its messages are given the source paths back.

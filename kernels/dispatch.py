@@ -43,7 +43,8 @@ class Backend(Protocol):
     Results are memory of their own: no views, since torch forbids to write into a view that an autograd function
     returns, and not the memory of what a backward call reads, since a write there would go unseen.
 
-    It may also have ``kept_lists``, and ``decoder_forward`` and ``decoder_backward`` (:mod:`.decoder`).
+    It may also have ``kept_lists``, ``decoder_forward`` and ``decoder_backward`` (:mod:`.decoder`), and ``describe``:
+    how it was built, in words without absolute paths.
     """
 
     NAME: str

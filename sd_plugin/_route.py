@@ -27,18 +27,19 @@ class Route:
     Args:
         operand: of a product; dropped: itself, or the tensor whose view it is.
         before: the ways from ``dropped`` on, if it was made of other dropped tensors.
+        vouched: nobody hooks a tensor between the two.
     """
 
     __slots__ = ("_before", "_known", "_tensors")
 
-    def __init__(self, operand: Tensor, dropped: Tensor, before: Sequence[Route] = ()) -> None:
+    def __init__(self, operand: Tensor, dropped: Tensor, before: Sequence[Route] = (), vouched: bool = False) -> None:
         # Weak: a hint must not keep memory that the program is done with.
         self._tensors = [weakref.ref(operand)]
         self._before = before
         self._known = _is_read(operand)
         if operand is not dropped:
             self._tensors.append(weakref.ref(dropped))
-            self._known = self._known or _is_read(dropped) or not _is_one_view(operand, dropped)
+            self._known = self._known or _is_read(dropped) or not (vouched or _is_one_view(operand, dropped))
 
     def is_read(self) -> bool:
         """Somebody may read the gradient, so that all of its columns count. Asked again at every backward pass."""

@@ -84,13 +84,15 @@ class Hint:
         kept: kept units of the whole, unscaled.
         steps: which rows of the tensor, in ``shape``, belong to which time step.
         routes: the ways of its gradient to the dropouts, if the tensor was made of other dropped tensors.
+        vouched: see :func:`vouch`.
     """
 
-    __slots__ = ("_memory", "_version", "kept", "parts", "routes", "shape", "steps")
+    __slots__ = ("_memory", "_version", "kept", "parts", "routes", "shape", "steps", "vouched")
 
     def __init__(self, parts: Sequence[Part], steps: Steps, tensor: Tensor, routes: Sequence[Route] = ()) -> None:
         self.parts = tuple(parts)
         self.routes = routes
+        self.vouched = False
         self.kept = parts[0].kept if len(parts) == 1 else Kept.concat([part.kept for part in parts])
         self.steps = steps
         self.shape = tensor.shape
@@ -170,7 +172,22 @@ def route(tensor: Tensor, hint: Hint) -> Route | None:
         return None
     base = tensor._base
     dropped = tensor if base is None or hasattr(tensor, _ATTRIBUTE) else base
-    return Route(tensor, dropped, hint.routes)
+    return Route(tensor, dropped, hint.routes, hint.vouched)
+
+
+def vouch(tensor: Tensor) -> Tensor:
+    """Say that what ``tensor`` goes through before its product is known, and hooks no view of a view of it.
+
+    For code of a host that slices and views it: torch does not show the tensors in between, so that the input
+    gradient of the product would be dense for their sake. Hooks of ``tensor`` itself and of the operand are still seen.
+
+    Returns:
+        ``tensor``.
+    """
+    hint = getattr(tensor, _ATTRIBUTE, None)
+    if isinstance(hint, Hint):
+        hint.vouched = True
+    return tensor
 
 
 def _routes(tensor: Tensor, hint: Hint) -> list[Route]:

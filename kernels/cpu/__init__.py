@@ -12,7 +12,7 @@ import torch
 
 from .decoder import decoder_backward, decoder_forward
 from .gemm import gemm_bp, gemm_fp, gemm_pack, gemm_wg
-from .library import load
+from .library import describe, load
 from .loss import cross_entropy_backward, cross_entropy_forward
 from .lstm import lstm_backward, lstm_forward, lstm_pack
 from .toolchain import BuildError
@@ -26,6 +26,7 @@ __all__ = [
     "cross_entropy_forward",
     "decoder_backward",
     "decoder_forward",
+    "describe",
     "gemm_bp",
     "gemm_fp",
     "gemm_pack",

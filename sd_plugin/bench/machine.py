@@ -70,13 +70,13 @@ def versions() -> dict[str, Any]:
 
 
 def backend(device: torch.device) -> dict[str, Any]:
-    """The backend that calls go to, and how it was built where it tells (``describe`` of its module ``build``).
+    """The backend that calls go to, and how it was built where it tells (its ``describe``).
 
     Raises:
         BackendError: ``SD_PLUGIN_BACKEND`` forces one that cannot run here.
     """
     chosen: Any = kernels.choose("lstm", device, torch.float32, counted=False)
-    describe = getattr(getattr(chosen, "build", None), "describe", dict)
+    describe = getattr(chosen, "describe", dict)
     told: dict[str, str] = {name: without_folders(value) for name, value in describe().items()}
     return {"name": chosen.NAME, "build": told}
 

@@ -144,6 +144,11 @@ class StructuredStdRNNDecoder(StdRNNDecoder):
         self.__class__ = StdRNNDecoder
         del self.settings
 
+    def _run_forward_pass(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
+        state, dec_outs, attentions = super()._run_forward_pass(*args, **kwargs)
+        # The host's loss slices it and views it for the generator.
+        return state, hints.vouch(dec_outs), attentions
+
     def init_state(self, src: Tensor, enc_out: Tensor, enc_final_hs: Any) -> None:
         """See the stock method.
 
@@ -223,19 +228,20 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
             y, state, align = attentional_decoder(
                 run, emb, enc_out, lengths, state, feed, drop, query, self.attn.linear_out.weight
             )
-            return state, y, self._attentions(y, align, enc_out)
+            return state, hints.vouch(y), self._attentions(y, align, enc_out)
         record = _AttentionRecord(self)
         outputs = []
         for t, emb_t in enumerate(hints.unbind(emb, _BATCH_FIRST)):
             dec_in = hints.cat([emb_t, feed])
             rnn_out, state = run.step(t, dec_in, state)
+            hints.vouch(rnn_out)
             if not self.query_is_multiplied:
                 # A dot attention joins it with the context vector, and no product sees it alone.
                 hints.waive(rnn_out)
             feed = drop(t, self._attend(rnn_out, dec_in, enc_out, src_len, record))
             record.copy(feed, enc_out)
             outputs.append(feed)
-        return state, hints.stack(outputs, _BATCH_FIRST), record.stacked()
+        return state, hints.vouch(hints.stack(outputs, _BATCH_FIRST)), record.stacked()
 
     def _is_one_operation(self, emb: Tensor) -> bool:
         """Nothing about this decoder needs its steps one by one, and the backend has it in one piece.

@@ -11,11 +11,11 @@ import torch
 
 pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 
-from opennmt_runs import Runs, corpus
-
 from sd_plugin import stats
 from sd_plugin.opennmt import checkpoints
 from sd_plugin.patches import opennmt as patch
+
+from .opennmt_runs import Runs, corpus
 
 
 @pytest.fixture(scope="module")

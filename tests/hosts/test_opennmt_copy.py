@@ -12,10 +12,10 @@ import torch
 
 pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 
-import opennmt_models as models
-
 from sd_plugin import hints, stats
 from sd_plugin.patches import opennmt as patch
+
+from . import opennmt_models as models
 
 STEPS = 10
 VARIANTS: list[dict[str, Any]] = [

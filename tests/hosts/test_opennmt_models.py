@@ -117,7 +117,7 @@ def test_the_decoder_in_one_piece_is_the_one_of_many_steps(
 
     (steps, counted), (together, also_counted) = run(False), run(True)
     assert asked == [False, False, True, True]
-    models.assert_same(together, steps, 1e-10)
+    models.assert_same(together, steps)
     assert also_counted == counted and all(value.is_contiguous() for value in together.values())
 
 

@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 
-from opennmt_runs import Runs, corpus
-
 from sd_plugin import UsageError, stats
 from sd_plugin.patches import opennmt as patch
+
+from .opennmt_runs import Runs, corpus
 
 
 @pytest.fixture(scope="module")

@@ -63,7 +63,7 @@ def _batches() -> list[tuple[str, int]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("source", "first"), _batches())
 def test_every_mutant_is_found(source: str, first: int) -> None:
     runs = SOURCES[source]()
@@ -87,6 +87,7 @@ def test_only_a_fault_of_a_kernel_counts_as_found() -> None:
         found(Mutant("nothing", 1, text), "loss", [broken])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize(("races", "seed"), TRIES)
 def test_the_sources_as_they_are_pass(source: str, races: bool, seed: int) -> None:

@@ -27,10 +27,20 @@ def needs_nvrtc() -> None:
         pytest.skip(str(error))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("architecture", cuda_resources.ARCHITECTURES)
 @pytest.mark.parametrize("first", range(0, len(UNITS), BATCH))
 def test_every_kernel_compiles_and_spills_nothing(first: int, architecture: int) -> None:
-    for unit in UNITS[first : first + BATCH]:
+    compile_and_check(UNITS[first : first + BATCH], architecture)
+
+
+@pytest.mark.parametrize("architecture", cuda_resources.ARCHITECTURES)
+def test_one_unit_of_every_source_compiles_and_spills_nothing(architecture: int) -> None:
+    compile_and_check(list({unit.source: unit for unit in UNITS}.values()), architecture)
+
+
+def compile_and_check(compiled: list[Unit], architecture: int) -> None:
+    for unit in compiled:
         found, size = cuda_resources.compile_unit(unit, architecture)
         kernels = re.findall(r"__global__ void(?:\s+__launch_bounds__\([^)]*\))?\s+(\w+)\(", sources.read(unit.source))
         assert kernels, unit

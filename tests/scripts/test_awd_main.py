@@ -134,8 +134,10 @@ def losses(text: str) -> list[float]:
 
 def rows(report: str) -> dict[str, list[str]]:
     """The rows of the report, by place."""
-    lines = report[report.index(REPORT) :].splitlines()[2:-1]
-    return {line.split()[0]: line.split()[1:] for line in lines}
+    lines = report[report.index(REPORT) :].splitlines()[2:]
+    # The sums and explanations come after them.
+    ends = next(number for number, line in enumerate(lines) if "multiply-adds of these products skipped" in line)
+    return {line.split()[0]: line.split()[1:] for line in lines[:ends]}
 
 
 @dataclass

@@ -360,7 +360,7 @@ def test_a_host_to_be_replaced_is_reached_only_if_that_was_asked_for(hosted, env
 
 def test_any_program_on_torch_is_reached_only_by_name(hosted):
     hosted.write("torch/__init__.py", "value = 1\n")
-    hosted.write("sd_plugin/patches/torch_nn.py", "def on_import(module): print('told of', module.__name__)\n")
+    hosted.write("sd_plugin/patches/torch_nn/__init__.py", "def on_import(module): print('told of', module.__name__)\n")
     assert hosted.script("import torch", SD_PLUGIN="1").stdout == ""
     assert hosted.script("import torch", SD_PLUGIN="1", SD_PLUGIN_TARGETS="torch").stdout == "told of torch\n"
 
