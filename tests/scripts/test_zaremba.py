@@ -474,9 +474,12 @@ class TestCurves:
         assert done.stderr.endswith(f"curves.svg: there is no folder {tmp_path / 'new' / 'folder'}\n")
         assert os.listdir(tmp_path) == []
 
-    def test_what_is_no_log(self, tmp_path: Path) -> None:
-        (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    @pytest.mark.parametrize(
+        ("content", "reason"), [("a,b\n1,2\n", "it has no column 'name'"), ("name,mode\n", "it has no rows")]
+    )
+    def test_what_is_no_log(self, tmp_path: Path, content: str, reason: str) -> None:
+        (tmp_path / "x.csv").write_text(content)
         done = self.draw(tmp_path / "x.csv", "--out", tmp_path / "curves.png")
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"learning_curves.py: {tmp_path / 'x.csv'} is no log of zaremba_main.py")
+        assert done.stderr == f"learning_curves.py: {tmp_path / 'x.csv'} is no log of zaremba_main.py ({reason})\n"
         assert not (tmp_path / "curves.png").exists()
