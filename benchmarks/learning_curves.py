@@ -62,6 +62,8 @@ class Run:
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
+            if not rows:
+                raise ValueError("it has no rows")
             first = rows[0]
             run = cls(
                 first["name"],
@@ -72,8 +74,10 @@ class Run:
                 [float(row["train_perplexity"]) for row in rows],
                 [float(row["valid_perplexity"]) for row in rows],
             )
-        except (KeyError, IndexError, TypeError, ValueError, csv.Error) as error:
-            raise UsageError(f"{path} is no log of zaremba_main.py ({type(error).__name__}: {error})") from None
+        except KeyError as error:
+            raise UsageError(f"{path} is no log of zaremba_main.py (it has no column {error})") from None
+        except (TypeError, ValueError, csv.Error) as error:
+            raise UsageError(f"{path} is no log of zaremba_main.py ({error})") from None
         if run.mode not in LOOKS:
             raise UsageError(f"{path}: unknown mode {run.mode!r}; known: {', '.join(LOOKS)}")
         return run

@@ -60,7 +60,8 @@ class Training(BaseModel):
     bptt: Size = 70
     nonmono: Size = 5
     log_interval: Annotated[Size, Field(alias="--log-interval")] = 200
-    epochs: Count = 8000
+    # After its last epoch it loads what the best one has saved.
+    epochs: Size = 8000
     lr: NotNegative = 30.0
     wdecay: NotNegative = 1.2e-6
     clip: Number = 0.25

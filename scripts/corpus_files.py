@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from corpora import Corpus, File, Origin
+from whole_file import sync
 
 #: Bytes read at a time.
 CHUNK = 1 << 18
@@ -49,15 +50,6 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the system write a file or folder to the disk, so that no later rename overtakes its bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_open_at(descriptor: int, path: Path) -> bool:

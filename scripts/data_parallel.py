@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
+from machine_limits import check_device
 from pydantic import BaseModel, Field
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from user_input import WholeNumberText, reason_of, shown, validated
+from user_input import WholeNumberText, reason_of, validated
 
 from sd_plugin import UsageError
 
@@ -105,8 +105,7 @@ def joined(device: str) -> Iterator[Processes]:
 
 def _device(name: str) -> torch.device:
     """The device called ``name``, if this machine and this PyTorch have it."""
-    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", name):
-        raise UsageError(f"--device {shown(name)[1:-1]}: must be cpu, cuda or cuda:N")
+    check_device(name)
     try:
         device = torch.device(name)
         torch.empty(1, device=device)

@@ -46,8 +46,8 @@ _STEP = re.compile(r"Step (\d+)/ *\d+; acc: *([\d.]+)")
 #: Lines of a failed program's output that are shown.
 _TAIL = 15
 
-_out = Console(highlight=False)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
+_out = Console(highlight=False, markup=False, emoji=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 class DemoError(Exception):
@@ -252,9 +252,9 @@ def demo(stock: bool, min_bleu: float) -> None:
     bleu, signature = score(hypotheses, references)
     show(read_lines(source), hypotheses, references)
     if report:
-        _out.print(report, markup=False, soft_wrap=True)
-    _out.print(f"{files.config.name}: trained in {seconds:.0f} s", markup=False)
-    _out.print(f"BLEU {bleu:.2f} ({signature})", markup=False, soft_wrap=True)
+        _out.print(report, soft_wrap=True)
+    _out.print(f"{files.config.name}: trained in {seconds:.0f} s")
+    _out.print(f"BLEU {bleu:.2f} ({signature})", soft_wrap=True)
     if bleu < min_bleu:
         raise DemoError(f"BLEU {bleu:.2f} is below {min_bleu:g}")
 
@@ -270,16 +270,16 @@ def main(
     """Train on German number words with structured dropout and translate held-out ones. Takes minutes."""
     interruption.is_raised()
     if not 0 <= min_bleu <= 100:  # nor is nan
-        _err.print(f"demo: --min-bleu must be from 0 to 100, got {min_bleu:g}", markup=False)
+        _err.print(f"demo: --min-bleu must be from 0 to 100, got {min_bleu:g}")
         raise typer.Exit(2)
     try:
         demo(stock, min_bleu)
     except KeyboardInterrupt:
         interruption.is_over()
-        _err.print("demo: interrupted", markup=False)
+        _err.print("demo: interrupted")
         raise typer.Exit(interruption.STATUS) from None
     except (DemoError, DataError, OSError) as error:
-        _err.print(f"demo: {error}", markup=False)
+        _err.print(f"demo: {error}")
         raise typer.Exit(1) from error
 
 

@@ -58,7 +58,7 @@ _DEMO_MB = "1.8"
 #: Its source and target.
 _DEMO_LANGUAGES = ("de", "en")
 
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def _progress(*columns: object) -> Progress:
@@ -69,7 +69,7 @@ def _progress(*columns: object) -> Progress:
 
 def say(message: str) -> None:
     """Print a line for the user, on standard error."""
-    _err.print(message, markup=False)
+    _err.print(message)
 
 
 # ------------------------------------------------------------------------------------------- the contents
@@ -437,7 +437,7 @@ def main(
         say(f"get_data: {reason}")
         raise typer.Exit(2)
     if name == "list":
-        Console().print(_table())
+        Console(markup=False, emoji=False).print(_table())
         return
     demo = {"seed": SEED if seed is None else seed, "size": SIZE if size is None else size}
     final = out / name

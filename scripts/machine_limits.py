@@ -1,10 +1,13 @@
-"""What the machine has: processors, and memory for a model. Standard library only."""
+"""What the machine has, and what may be asked of it: a device, threads, memory for a model."""
 
 import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+
+from user_input import shown
 
 from sd_plugin.errors import UsageError
 
@@ -14,6 +17,18 @@ _CGROUPS = Path("/sys/fs/cgroup")
 def processors() -> int:
     """Processors of the machine; a program that may use a part of them can have as many threads all the same."""
     return os.cpu_count() or 1
+
+
+def check_threads(threads: int) -> None:
+    """Raise UsageError for more threads than processors: with very many OpenMP ends the process."""
+    if threads > processors():
+        raise UsageError(f"--threads {shown(threads)}: this machine has {processors()} processors")
+
+
+def check_device(name: str) -> None:
+    """Raise UsageError unless ``name`` is one of a device that is computed on; whether it is there, torch knows."""
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,3})?", name):
+        raise UsageError(f"--device {shown(name)[1:-1]}: must be cpu, cuda or cuda:N")
 
 
 def memory() -> int:

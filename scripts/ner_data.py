@@ -1,10 +1,11 @@
 """The text that a tagger is trained on, as CoNLL-2003 has it; and word vectors where no trained ones are at hand."""
 
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+
+from whole_file import write_whole
 
 from sd_plugin.errors import UsageError
 
@@ -87,18 +88,3 @@ def write_vectors(files: Mapping[str, Path], target: Path, size: int, seed: int)
     )
     write_whole(target, "".join(lines))
     return len(found)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, complete or not at all: it gets its name when it is."""
-    from sd_plugin.kernels import leftovers
-
-    partial = leftovers.partial(path)
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

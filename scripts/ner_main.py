@@ -45,6 +45,7 @@ from host_launcher import Count, NotNegative, Seed, Share, Size
 from machine_limits import check_fits, memory
 from pydantic import BaseModel, ConfigDict, Field
 from user_input import Number, WholeNumberText, reason_of
+from whole_file import write_whole
 
 from sd_plugin._environment import MODES, VARIABLE, read_switch
 from sd_plugin.errors import UsageError
@@ -341,7 +342,7 @@ class Run:
             "report": stats.lines(),
             **self._machine(),
         }
-        ner_data.write_whole(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+        write_whole(self.path / "result.json", json.dumps(result, indent=1) + "\n")
         print(f"\n{self.settings or 'the original'}; seed {self.options.seed_num}; vectors: {self.vectors}")
         for part, score in scores.items():
             print(f"F1 of the saved model on {part}: {score}")

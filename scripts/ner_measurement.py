@@ -14,8 +14,8 @@ from typing import Any
 
 import run_folder
 import torch
-from ner_data import write_whole
 from torch import Tensor
+from whole_file import write_whole
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ from reproduction.estimates import Estimates
 from reproduction.execution import RunError
 from reproduction.queueing import State
 from reproduction.rows import Row
+from user_input import run_app
 
 from sd_plugin.errors import UsageError
 
@@ -57,14 +58,16 @@ _PATIENCE = 20.0
 #: Columns of a table that goes to a file.
 _WIDTH = 150
 
-_out = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+_out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else _WIDTH)
+_err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+#: With a mark before the paragraph of commands, which says that its lines stay as they are.
+_HELP = (__doc__ or "").replace("\n\n    python", "\n\n\b\n    python")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=_HELP)
 
 
 def say(text: str) -> None:
     """Print what is no result."""
-    _err.print(text, markup=False)
+    _err.print(text)
 
 
 @contextmanager
@@ -109,6 +112,8 @@ UndisturbedOption = Annotated[
 ]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace a result that is there.")]
 
+#: Largest seed that all hosts take.
+SEED_MAX = 2**32 - 1
 DATA, RESULTS = ROOT / "data", ROOT / "benchmarks" / "results" / "reproduce"
 
 
@@ -136,7 +141,9 @@ def list_(target: ResultsOption = RESULTS, table: TableOption = None) -> None:
 @app.command()
 def run(
     row: Annotated[str, typer.Argument(metavar="ROW", help="One that list shows.")],
-    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="[default: the host's own]")] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, max=SEED_MAX, help="[default: the host's own]")
+    ] = None,
     epochs: EpochsOption = None,
     steps: StepsOption = None,
     device: DeviceOption = "cpu",
@@ -181,7 +188,7 @@ def run(
 @app.command()
 def queue(
     names: Annotated[list[str], typer.Argument(metavar="ROW...", help="Rows, or beginnings of their names; fig3.")],
-    seed: Annotated[list[int] | None, typer.Option(metavar="N", min=0, help="May be repeated.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(metavar="N", min=0, max=SEED_MAX, help="May be repeated.")] = None,
     epochs: EpochsOption = None,
     steps: StepsOption = None,
     device: DeviceOption = "cpu",
@@ -243,7 +250,7 @@ def status(state: StateOption = None) -> None:
         process = kept.worker()
         running = f"process {process.pid}" if process else "not running: continue takes it up"
         paused = "; paused" if kept.paused else ""
-        _out.print(f"{kept.folder}: {running}{paused}; commit {loaded.commit[:12]}", markup=False)
+        _out.print(f"{kept.folder}: {running}{paused}; commit {loaded.commit[:12]}")
         saved = list(results.scan(loaded.results))
         _out.print(display.table_of_queue(loaded, kept, Estimates(saved, BENCHMARK)))
 
@@ -325,4 +332,4 @@ def table_(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, "reproduce.py")

@@ -81,4 +81,4 @@ class EpochDisplay:
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, description=text)
         else:
-            self._console.print(f"{self._title}: step {self._done:,} of {self._steps:,}, {text}", markup=False)
+            self._console.print(f"{self._title}: step {self._done:,} of {self._steps:,}, {text}")

@@ -17,18 +17,18 @@ from sd_plugin import stats
 if TYPE_CHECKING:
     from zaremba_main import Training
 
-_out = Console(soft_wrap=True, highlight=False)
-_err = Console(stderr=True, soft_wrap=True, highlight=False)
+_out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 def say(text: str) -> None:
     """Print for whoever reads the results: on standard output."""
-    _out.print(text, markup=False)
+    _out.print(text)
 
 
 def warn(text: str) -> None:
     """Print what is no result: on standard error."""
-    _err.print(text, markup=False)
+    _err.print(text)
 
 
 class DivergenceError(Exception):

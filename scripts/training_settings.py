@@ -93,7 +93,8 @@ def read_settings(path: Path, changes: Mapping[str, Any]) -> Settings:
     values = read_yaml(path)
     if not isinstance(values, dict):
         raise UsageError(f"{shortened(str(path))} holds no settings (key: value, a line each)")
-    return validated(Settings, {**values, **changes}, f"{shortened(str(path))}: ")
+    source = shortened(str(path)) if changes.keys() <= Settings.model_fields.keys() else "--set"
+    return validated(Settings, {**values, **changes}, f"{source}: ")
 
 
 def parse_changes(texts: list[str]) -> dict[str, Any]:

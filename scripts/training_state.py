@@ -9,7 +9,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,10 +16,10 @@ from typing import Annotated, Any
 
 import run_folder
 import torch
-from corpus_files import sync
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from user_input import in_one_line, shortened, shown
+from whole_file import write_whole
 
 from sd_plugin import UsageError
 
@@ -134,11 +133,11 @@ class RunFolder:
         writer = csv.DictWriter(text, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.log, text.getvalue().encode())
+        write_whole(self.log, text.getvalue())
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Replace the result by these plain values."""
-        write_whole(self.result, (json.dumps(result, indent=2) + "\n").encode())
+        write_whole(self.result, json.dumps(result, indent=2) + "\n")
 
     def load(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """The checkpoint, on the CPU.
@@ -220,26 +219,3 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _told(value: object) -> str:
     return shortened(str(value), 60)
-
-
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Write a file that is at any moment the old one or the new one, whole.
-
-    Raises:
-        OSError: it cannot be written; the old one is still there, and nothing else.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        # Not before the bytes are on the disk: else a power cut could leave the new name with nothing in it.
-        os.replace(partial, path)
-    except BaseException as error:  # an interruption, too
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-    sync(path.parent)

@@ -46,7 +46,7 @@ except ImportError:
 import torch
 from data_parallel import Processes, Variables, joined
 from language_model_data import Corpus, columns, read_corpus, sequences
-from machine_limits import check_fits, memory, processors
+from machine_limits import check_fits, check_threads, memory
 from torch import Tensor, nn
 from training_display import EpochDisplay, perplexity
 from training_run import DivergenceError, Run, say, warn
@@ -370,8 +370,7 @@ def main(
             )
         folder = RunFolder(out or Path("run") / f"{config.stem}_{settings.mode}")
         if threads is not None:
-            if threads > processors():
-                raise UsageError(f"--threads {shown(threads)}: this machine has {processors()} processors")
+            check_threads(threads)
             torch.set_num_threads(threads)
         with joined(device) as processes, folder.held(resume, processes.leads):
             train_and_test(settings, config.stem, folder, resume, stop, processes)

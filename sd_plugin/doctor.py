@@ -152,7 +152,7 @@ def _verdict(host: Host, finding: Finding, environ: Mapping[str, str], switch: S
     additive = f"sd_plugin.patches.{host.name}" in _autoload.ADDITIVE
     names = " (only new names are added to it)" if additive else ""
     if not switch.replace:
-        return False, f"{VARIABLE} is not set{names}"
+        return False, f"{VARIABLE} is not {'understood' if environ.get(VARIABLE, '').strip() else 'set'}{names}"
     if host.target not in switch.targets:
         return False, f"{host.target} is not in {TARGETS_VARIABLE}{names}"
     problem = None if additive else _problem(environ)

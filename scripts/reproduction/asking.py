@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from machine_limits import check_device, check_threads
+
 from sd_plugin.errors import UsageError
 
 from .environment import Environment
@@ -35,8 +37,9 @@ class Request:
         Raises:
             UsageError: an option is not valid, or not for one of the rows.
         """
-        if self.device.partition(":")[0] not in ("cpu", "cuda"):
-            raise UsageError(f"--device {self.device}: must be cpu, cuda or cuda:N")
+        check_device(self.device)
+        if self.threads is not None:
+            check_threads(self.threads)
         wanted: list[int | None] = [*self.seeds] if self.seeds else [None]
         return [
             Entry(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ner_data import write_whole
+from whole_file import write_whole
 
 from sd_plugin.errors import UsageError
 

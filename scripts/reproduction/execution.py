@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from corpora import CORPORA
-from ner_data import write_whole
 from pydantic import BaseModel, ConfigDict, ValidationError
+from whole_file import write_whole
 
 from sd_plugin.errors import UsageError
 

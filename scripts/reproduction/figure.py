@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 # The figures of the project look alike.
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from plot import COLOURS, MARKERS, STYLE, mpl, plt
+from whole_file import write_whole
 
 from sd_plugin.bench.columns import NR_RH_ST, NR_ST, STOCK
 
@@ -67,7 +69,7 @@ def draw(curves: Sequence[tuple[Row, Sequence[Saved]]], path: Path) -> None:
         axes.plot([], [], color="#444444", linewidth=0.8, linestyle=":", label="the paper's last epoch")
         axes.legend(frameon=False, fontsize=9)
         figure.tight_layout()
-        partial = path.with_name(f".{path.name}.partial.png")
-        figure.savefig(partial, metadata={"Software": None})
+        content = io.BytesIO()
+        figure.savefig(content, format="png", metadata={"Software": None})
         plt.close(figure)
-        partial.replace(path)
+    write_whole(path, content.getbuffer())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-from ner_data import write_whole
+from whole_file import write_whole
 
 from . import figure
 from .results import RESULT, Saved

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from ner_data import write_whole
 from pydantic import BaseModel, ConfigDict, ValidationError
+from whole_file import write_whole
 
 from sd_plugin.errors import UsageError
 

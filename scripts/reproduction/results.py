@@ -11,8 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from ner_data import write_whole
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from whole_file import write_whole
 
 from sd_plugin.errors import UsageError
 

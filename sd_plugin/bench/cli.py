@@ -10,7 +10,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from typer.main import get_command
@@ -151,7 +150,7 @@ def _hosts(given: Sequence[str]) -> dict[str, Path]:
 
 def measure(settings: runner.Settings, json: Path | None) -> None:
     """Run, show progress on standard error and tables on standard output."""
-    error = Console(stderr=True, soft_wrap=True, highlight=False)
+    error = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -169,7 +168,7 @@ def measure(settings: runner.Settings, json: Path | None) -> None:
                 return
             bar.update(task, description=title)
             if not error.is_terminal:
-                error.print(title, markup=False)
+                error.print(title)
 
         def keep(document: results.Document) -> None:
             if json is not None:
@@ -179,31 +178,31 @@ def measure(settings: runner.Settings, json: Path | None) -> None:
             document = runner.run(settings, tell, keep)
         except KeyboardInterrupt:
             kept = f"; the finished workloads are in {json}" if json is not None and json.exists() else ""
-            error.print(f"sd-plugin bench: interrupted{kept}", markup=False)
+            error.print(f"sd-plugin bench: interrupted{kept}")
             raise typer.Exit(INTERRUPTED) from None
     show(document)
 
 
 def show(document: results.Document) -> None:
     """Print the tables, and what they must be read with."""
-    out = Console(highlight=False)
+    out = Console(highlight=False, markup=False, emoji=False)
     if not out.is_terminal:
-        out = Console(highlight=False, width=_WIDTH)
+        out = Console(highlight=False, markup=False, emoji=False, width=_WIDTH)
     for line in summary.head(document):
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
     for table in summary.tables(document):
-        shown = Table(title=escape(table.title))
+        shown = Table(title=table.title)
         for i, name in enumerate(table.heading):
-            shown.add_column(escape(name), justify="left" if i < 2 else "right", no_wrap=not out.is_terminal)
+            shown.add_column(name, justify="left" if i < 2 else "right", no_wrap=not out.is_terminal)
         above = ""
         for name, *cells in table.rows:
             if above and name != above:
                 shown.add_section()
-            shown.add_row(escape(name if name != above else ""), *map(escape, cells))
+            shown.add_row(name if name != above else "", *cells)
             above = name
         out.print(shown)
     for line in summary.notes(document):
-        out.print(line, markup=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)
 
 
 def run(argv: Sequence[str]) -> int:

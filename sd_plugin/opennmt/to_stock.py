@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..kernels import leftovers
 from . import checkpoints
 from .options import check_checkpoint
 
@@ -62,9 +63,9 @@ def _check_output(model: Path, output: Path, replace: bool) -> None:
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
     """Write to a temporary name in the same folder, then rename: never half a file under the final name."""
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".to-stock.partial-{os.getpid()}")
+    temporary = leftovers.partial(target)
     try:
-        file = temporary.open("xb")
+        file = temporary.open("wb")
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
     try:

@@ -19,6 +19,8 @@ from sd_plugin import UsageError
 from sd_plugin.__main__ import main
 from sd_plugin.opennmt import checkpoints
 
+from ..patience import PATIENCE
+
 WEIGHT = torch.arange(5000.0)
 
 
@@ -228,3 +230,25 @@ def test_it_needs_no_opennmt_and_a_full_disk_loses_nothing(folder: Path) -> None
     after = contents(folder)
     torch.load("plain.pt", weights_only=False)
     assert after.pop("plain.pt") and after == before
+
+
+def test_it_does_not_wait_for_opennmt(folder: Path) -> None:
+    """Whose import takes seconds, and on a modern torch prints a dozen warnings before the one line that matters."""
+    pytest.importorskip("onmt")
+    program = "import sys; from sd_plugin.__main__ import main; main(sys.argv[1:]); print('onmt' in sys.modules)"
+    for arguments, told in (
+        (["model.pt", "plain.pt"], ""),
+        (["model.pt", "model.pt"], "sd-plugin: error: model.pt is the checkpoint itself"),
+    ):
+        command = [sys.executable, "-W", "default", "-c", program, "to-stock", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        assert done.stdout == "False\n", done.stderr
+        assert done.stderr.startswith(told) and done.stderr.count("\n") == bool(told), done.stderr
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next(folder: Path) -> None:
+    program = "import sys; from sd_plugin.kernels import leftovers; print(leftovers.partial(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", program, "plain.pt"], capture_output=True, text=True, timeout=PATIENCE)
+    Path(done.stdout.strip()).write_text("half of a checkpoint")
+    assert main(["to-stock", "model.pt", "plain.pt"]) == 0
+    assert sorted(os.listdir(folder)) == ["model.pt", "plain.pt"]

@@ -355,6 +355,8 @@ def refused(*arguments: object, cwd: Path, **changes: str) -> str:
         (["--batch", "-3"], "--batch_size must be a whole number from 1 to 2**63 - 1, got '-3'"),
         (["--batch_size", "1000"], "data/penn/train.txt has too few words to be read in 1000 columns"),
         (["--batch_size", "1000000000"], "data/penn/train.txt has too few words to be read in 1000000000 columns"),
+        # After its last epoch the host loads what the best one has saved.
+        (["--epochs=0"], "--epochs must be a whole number from 1 to 2**63 - 1, got '0'"),
         (["--bptt=0"], "--bptt must be a whole number from 1 to 2**63 - 1, got '0'"),
         (["--script=pointer", "--bptt=0"], "--bptt must be a whole number from 1 to 2**63 - 1, got '0'"),
         (["--emsize", "9" * 5000], "--emsize must be a whole number from 1 to 2**63 - 1, got '999"),

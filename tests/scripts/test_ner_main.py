@@ -107,17 +107,6 @@ def test_vectors(tmp_path: Path) -> None:
     assert again.read_bytes() == target.read_bytes() != other.read_bytes()
 
 
-def test_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    ner_data.write_whole(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        ner_data.write_whole(path, "new \ud800")
-    assert path.read_text() == "old"
-    ner_data.write_whole(path, "new")
-    assert path.read_text() == "new"
-    assert os.listdir(tmp_path) == ["file"]
-
-
 # ------------------------------------------------------------------------------------------------- the time
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -301,6 +302,9 @@ def test_a_dry_run_prints_what_users_type(program: Callable[..., Result], monkey
         (["run", "tiny/nr_st", "--steps", "3"], "--steps: tiny/nr_st is counted in epochs: give --epochs"),
         (["run", "tiny/nr_st", "--epochs", "31"], "--epochs 31: tiny/nr_st has 20 epochs"),
         (["run", "tiny/nr_st", "--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"),
+        (["run", "tiny/nr_st", "--device", "cpu:3"], "--device cpu:3: must be cpu, cuda or cuda:N"),
+        (["queue", "tiny", "--device", "cuda:x", "--here"], "--device cuda:x: must be cpu, cuda or cuda:N"),
+        (["queue", "tiny", "--threads", "100000", "--here"], "--threads 100000: this machine has "),
         (["queue", "tiny", "--add"], "--add: no queue is running in"),
         (["queue", "tiny", "--here", "--commit", "HEAD"], "--here or --commit? The former takes the checkout as it is"),
         (["queue", "tiny", "--commit", "nowhere"], "has no such commit"),
@@ -310,6 +314,19 @@ def test_a_dry_run_prints_what_users_type(program: Callable[..., Result], monkey
 )
 def test_wrong_use_is_told_in_one_line(program: Callable[..., Result], arguments: list[str], told: str) -> None:
     assert told in refused(program(*arguments, status=2))
+
+
+def test_what_a_run_said_is_shown_as_it_said_it(program: Callable[..., Result], tmp_path: Path) -> None:
+    """Nothing in it is a colour or a picture to the terminal."""
+    state, told = State(tmp_path / "state"), "no [bold] :x: in [/nowhere]"
+    (row,) = rows.select(["table1/medium/random"], rows.ROWS)
+    where = environment.Environment(ROOT, Path(sys.executable), "0" * 40, False)
+    queue = asking.empty_queue(where, tmp_path, tmp_path, None)
+    (entry,) = asking.Request().entries([row])
+    entry.status, entry.message = "failed", told
+    queue.entries.append(entry)
+    state.save(queue)
+    assert told in program("status").output
 
 
 def test_missing_data_and_hosts_are_named_with_the_command_that_gets_them(
@@ -344,3 +361,31 @@ def test_a_page_is_checked_against_the_results(program: Callable[..., Result], t
     (broken / "result.json").write_text("{}")
     done = invoke(reproduce.app, ["table", *places])
     assert done.exit_code == 2 and "is not of schema 1" in refused(done)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "Missing command."),
+        (["nosuch"], "No such command 'nosuch'."),
+        (["run"], "Missing argument 'ROW'."),
+        (["run", "table1/medium/random", "--epochs", "0"], "Invalid value for '--epochs': "),
+        (["run", "table1/medium/random", "--seed", str(2**32), "--dry-run"], "Invalid value for '--seed': "),
+        (["queue", "fig3", "--seed", str(2**32)], "Invalid value for '--seed': "),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(arguments: list[str], told: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: {told}") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_help_shows_a_command_a_line() -> None:
+    """They can be copied from there."""
+    shown = CliRunner().invoke(reproduce.app, ["--help"]).output
+    commands = [line for line in (reproduce.__doc__ or "").splitlines() if "python scripts/" in line]
+    assert len(commands) == 7
+    assert [line.strip() for line in shown.splitlines() if "python scripts/" in line] == [
+        line.strip() for line in commands
+    ]

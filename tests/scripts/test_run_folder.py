@@ -29,7 +29,7 @@ def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
 
 def test_what_is_prepared_is_no_result(tmp_path: Path) -> None:
     def fail() -> None:
-        for name in ("vectors", ".log.csv.partial", ".vectors.partial-123"):
+        for name in ("vectors", ".log.csv.partial-12345678-9", ".vectors.partial-12345678-9"):
             (tmp_path / "a" / name).write_text("x")
         raise KeyError
 
@@ -58,7 +58,7 @@ def killed(path: Path, *files: str) -> Path:
 
 def test_the_next_run_takes_away_what_killed_ones_left_and_nothing_else(tmp_path: Path) -> None:
     killed(tmp_path / "empty")
-    killed(tmp_path / "half", ".checkpoint.pt.partial")
+    killed(tmp_path / "half", ".checkpoint.pt.partial-12345678-9")
     killed(tmp_path / "prepared", "vectors")
     kept = [
         killed(tmp_path / "precious", "notes.txt"),
@@ -82,11 +82,11 @@ def test_the_next_run_takes_away_what_killed_ones_left_and_nothing_else(tmp_path
 
 
 def test_a_killed_run_can_be_started_again_in_its_folder(tmp_path: Path) -> None:
-    killed(tmp_path / "a", ".checkpoint.pt.partial")
+    killed(tmp_path / "a", ".checkpoint.pt.partial-12345678-9")
     with held(tmp_path / "a"):
         (tmp_path / "a" / "result").write_text("x")
         has_result(tmp_path / "a")
-    assert sorted(os.listdir(tmp_path / "a")) == [".checkpoint.pt.partial", "result"]
+    assert sorted(os.listdir(tmp_path / "a")) == [".checkpoint.pt.partial-12345678-9", "result"]
     killed(tmp_path / "b")
     with held(tmp_path / "b"):
         pass

@@ -343,7 +343,8 @@ class TestKilled:
 
     def test_before_the_first_checkpoint(self, killed: Path, whole) -> None:
         """There is nothing to resume, and nothing in the way of starting again."""
-        assert sorted(os.listdir(killed / "left" / "first")) == [".checkpoint.pt.partial", ".no-result-yet"]
+        partial, mark = sorted(os.listdir(killed / "left" / "first"))
+        assert partial.startswith(".checkpoint.pt.partial-") and mark == ".no-result-yet"
         assert_same(killed / "first", whole("nr_rh_st"))
 
 
@@ -352,7 +353,7 @@ def test_log_follows_the_checkpoint(whole, zaremba, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole("nr_rh_st"), out)
     (out / "log.csv").write_text("".join((out / "log.csv").read_text().splitlines(keepends=True)[:2]) + "zaremba_me")
-    (out / ".checkpoint.pt.partial").write_bytes(b"half of a check")
+    (out / ".checkpoint.pt.partial-12345678-9").write_bytes(b"half of a check")
     before = (out / "checkpoint.pt").read_bytes(), (out / "result.json").read_bytes()
     done = zaremba(out, "--resume", "--epochs", 1)
     assert done.stdout == f"nothing to do: {out / 'checkpoint.pt'} is of epoch 3, and epoch 1 is to be the last\n"
@@ -473,9 +474,12 @@ class TestCurves:
         assert done.stderr.endswith(f"curves.svg: there is no folder {tmp_path / 'new' / 'folder'}\n")
         assert os.listdir(tmp_path) == []
 
-    def test_what_is_no_log(self, tmp_path: Path) -> None:
-        (tmp_path / "x.csv").write_text("a,b\n1,2\n")
+    @pytest.mark.parametrize(
+        ("content", "reason"), [("a,b\n1,2\n", "it has no column 'name'"), ("name,mode\n", "it has no rows")]
+    )
+    def test_what_is_no_log(self, tmp_path: Path, content: str, reason: str) -> None:
+        (tmp_path / "x.csv").write_text(content)
         done = self.draw(tmp_path / "x.csv", "--out", tmp_path / "curves.png")
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.startswith(f"learning_curves.py: {tmp_path / 'x.csv'} is no log of zaremba_main.py")
+        assert done.stderr == f"learning_curves.py: {tmp_path / 'x.csv'} is no log of zaremba_main.py ({reason})\n"
         assert not (tmp_path / "curves.png").exists()

@@ -63,6 +63,7 @@ def test_the_text_names_the_same():
     ("environ", "patched", "why"),
     [
         ({}, False, "SD_PLUGIN is not set"),
+        ({"SD_PLUGIN": "maybe"}, False, "SD_PLUGIN is not understood"),
         ({"SD_PLUGIN": "1"}, False, "torch is not in SD_PLUGIN_TARGETS"),
         ({"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "torch"}, True, "mode nr_rh_st"),
         ({"SD_PLUGIN": "nr_st", "SD_PLUGIN_TARGETS": "torch"}, True, "mode nr_st"),
