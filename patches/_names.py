@@ -19,15 +19,15 @@ def rebind(pairs: Iterable[tuple[object, object]]) -> None:
     """
     replacements = {id(old): (old, new) for old, new in pairs}
     for names in _globals():
-        # A list, because a thread may be importing.
-        for name, value in list(names.items()):
+        # A copy, made in one go, because a thread may be importing.
+        for name, value in names.copy().items():
             if id(value) in replacements:
                 names[name] = replacements[id(value)][1]
 
 
 def _globals() -> Iterator[dict[str, Any]]:
     """The globals of every loaded module, without running any code of one."""
-    for name, module in list(sys.modules.items()):
+    for name, module in sys.modules.copy().items():
         # Anything may stand there, and whatever asks an object that is loaded on demand loads it: vars() does.
         if issubclass(type(module), ModuleType) and name.partition(".")[0] != "sd_plugin":
             yield object.__getattribute__(module, "__dict__")

@@ -32,7 +32,7 @@ from sd_plugin.errors import UsageError
 from sd_plugin.patches import awd_lstm
 from sd_plugin.patterns import draw as draw_pattern
 
-from .. import counted, truth
+from .. import counted, truth, weights_only
 from ..patience import PATIENCE
 from ..tolerances import assert_close
 
@@ -367,11 +367,13 @@ def test_nr_st_drops_the_weights_that_the_host_drops(host: SimpleNamespace, vari
 
 
 def test_the_recurrent_weight_itself_is_not_dropped_in_nr_rh_st(host: SimpleNamespace) -> None:
-    """Every row of its gradient is there: dropped units change from step to step, dropped weights would not."""
+    """Its gradient is there, but for units that no step has kept: dropped weights would be zeros here and there."""
     dropped = step(host, build(host))["gradient rnns.0.module.weight_hh_l0_raw"]
     assert (dropped == 0).float().mean() > 0.3
     enable("awd_lstm", mode="nr_rh_st")
-    assert (step(host, build(host))["gradient rnns.0.module.weight_hh_l0_raw"] != 0).all()
+    zeros = step(host, build(host))["gradient rnns.0.module.weight_hh_l0_raw"] == 0
+    assert (zeros.all(0) | ~zeros.any(0)).all()
+    assert zeros.float().mean() < 0.3
 
 
 @settings(max_examples=60)
@@ -643,6 +645,7 @@ def test_checkpoints_hold_nothing_of_the_plugin(host: SimpleNamespace, tmp_path:
 # A modern torch, for the checkout's own calls.
 
 
+@pytest.mark.skipif(not weights_only.is_default(), reason="this torch loads whole objects unless told otherwise")
 @pytest.mark.parametrize("mode", MODES)
 def test_only_the_hosts_own_files_load_whole_objects(
     host: SimpleNamespace, program: Callable[[str], Any], tmp_path: Path, mode: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -258,7 +259,9 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | 
     queue = asking.empty_queue(environment.here(ROOT), folder, folder, None)
     for entry in asking.Request(threads=1).entries(list(rows.ROWS)):
         job = queue.job(entry, folder)
-        if SYSTEMS[job.row.system].problem(job) is None:
+        # Without pyonmttok, of which Python 3.13 has none, OpenNMT-py's programs are there and do not run.
+        runs = job.row.system != "opennmt" or importlib.util.find_spec("pyonmttok") is not None
+        if runs and SYSTEMS[job.row.system].problem(job) is None:
             commands[entry.row], last = dry_run.commands_of(job), job
     found: dict[str, list[str] | None] = {row.name: None for row in rows.ROWS}
     if last is not None:
