@@ -232,17 +232,17 @@ def test_it_needs_no_opennmt_and_a_full_disk_loses_nothing(folder: Path) -> None
     assert after.pop("plain.pt") and after == before
 
 
-def test_it_does_not_wait_for_opennmt(folder: Path) -> None:
-    """Whose import takes seconds, and on a modern torch prints a dozen warnings before the one line that matters."""
+def test_opennmt_warns_of_nothing_before_the_one_line(folder: Path) -> None:
+    """On a modern torch its import prints a dozen warnings."""
     pytest.importorskip("onmt")
-    program = "import sys; from sd_plugin.__main__ import main; main(sys.argv[1:]); print('onmt' in sys.modules)"
+    program = "import sys; from sd_plugin.__main__ import main; main(sys.argv[1:])"
     for arguments, told in (
         (["model.pt", "plain.pt"], ""),
         (["model.pt", "model.pt"], "sd-plugin: error: model.pt is the checkpoint itself"),
     ):
         command = [sys.executable, "-W", "default", "-c", program, "to-stock", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-        assert done.stdout == "False\n", done.stderr
+        assert done.stdout == ""
         assert done.stderr.startswith(told) and done.stderr.count("\n") == bool(told), done.stderr
 
 
