@@ -57,6 +57,16 @@ def be_idle() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
+def _idle_session() -> None:
+    """Give the session of this process the lowest share of the cores.
+
+    Where Linux groups processes by session (``sched_autogroup``), it shares the cores between the groups first, and a
+    priority counts only within its group. To be called by a process that leads a session of its own.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text("19")
+
+
 def run(
     command: Sequence[str], folder: Path, environment: Mapping[str, str], log: Path, idle: bool, watch: Watch
 ) -> int:
@@ -77,6 +87,7 @@ def run(
             os._exit(1)
         if idle:
             be_idle()
+            _idle_session()
 
     with log.open("ab") as output:
         process = subprocess.Popen(

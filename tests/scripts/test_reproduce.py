@@ -235,6 +235,15 @@ def test_an_idle_program_has_the_lowest_priority_and_dies_with_its_supervisor(tm
     assert supervision.run(command, tmp_path, os.environ, log, True, lambda program: None) == 0
     assert log.read_text().split()[0] == "19"
 
+    # The scheduler of most desktops shares the cores between sessions first.
+    if (group := Path("/proc/self/autogroup")).exists() and group.read_text().strip():
+        log.unlink()
+        command = [sys.executable, "-c", "print(open('/proc/self/autogroup').read())"]
+        before = group.read_text()
+        assert supervision.run(command, tmp_path, os.environ, log, True, lambda program: None) == 0
+        assert log.read_text().split()[-1] == "19"
+        assert group.read_text() == before
+
     def give_up(program: supervision.Program) -> None:
         raise KeyboardInterrupt
 
