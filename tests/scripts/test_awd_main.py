@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from ..forks import forks
 from ..patience import PATIENCE
 
 # Without it the script ends at once, and would end pytest.
@@ -38,27 +38,6 @@ SMALL = ("--cuda", "--epochs", "6", "--nonmono", "1", "--lr", "40")
 
 Done = subprocess.CompletedProcess[str]
 
-#: Importing torch takes longer than all that a program does here, so a process that has done that forks for each.
-FORKS = """
-import json, os, runpy, signal, sys
-import numpy, pydantic, torch, torch._dynamo
-for line in sys.stdin:
-    task = json.loads(line)
-    if os.fork() == 0:
-        break
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-else:
-    sys.exit()
-signal.alarm(60)
-os.chdir(task["cwd"])
-os.environ.clear()
-os.environ.update(task["environ"])
-for fd, path in ((0, os.devnull), (1, task["out"]), (2, task["err"])):
-    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), fd)
-sys.argv, sys.path[0] = task["argv"], os.path.dirname(task["argv"][0])
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
 
 def environ(**changes: str) -> dict[str, str]:
     """The environment variables of the tests, without those that concern the plugin or Python."""
@@ -74,35 +53,17 @@ def launch(*arguments: object, cwd: Path, **changes: str) -> Done:
     )
 
 
-@dataclass
-class Forks:
-    """Runs the launcher, or another program, in forks of a Python that has imported torch."""
-
-    server: subprocess.Popen[str]
-    folder: Path
-
-    def __call__(
-        self, *arguments: object, cwd: Path, status: int = 0, program: Path = LAUNCHER, **changes: str
-    ) -> Done:
-        out, err = self.folder / "out", self.folder / "err"
-        out.write_text("")
-        err.write_text("")
-        argv = [str(program), *map(str, arguments)]
-        task = {"argv": argv, "cwd": str(cwd), "environ": environ(**changes), "out": str(out), "err": str(err)}
-        assert self.server.stdin and self.server.stdout
-        print(json.dumps(task), file=self.server.stdin, flush=True)
-        done = subprocess.CompletedProcess(argv, int(self.server.stdout.readline()), out.read_text(), err.read_text())
-        assert done.returncode == status, done.stdout + done.stderr
-        return done
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    command = [sys.executable, "-c", FORKS]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ()) as server:
-        yield Forks(server, tmp_path_factory.mktemp("output"))
-        assert server.stdin
-        server.stdin.close()
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Done]]:
+    """Runs the launcher, or another program, in a fork."""
+    with forks(tmp_path_factory.mktemp("output"), environ()) as fork:
+
+        def run(*arguments: object, cwd: Path, status: int = 0, program: Path = LAUNCHER, **changes: str) -> Done:
+            done = fork(program, arguments, cwd=cwd, env=environ(**changes))
+            assert done.returncode == status, done.stdout + done.stderr
+            return done
+
+        yield run
 
 
 def write_corpus(folder: Path, prefix: str = "") -> Path:
@@ -156,7 +117,7 @@ class Chain:
 
 
 @pytest.fixture(scope="module")
-def chains(run: Forks, tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Chain]:
+def chains(run: Callable[..., Done], tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Chain]:
     steps: dict[str, list[object]] = {
         "main": [*SMALL, "--save", "model.pt"],
         "resume": ["--cuda", "--epochs", 1, "--lr", 1, "--resume", "model.pt", "--save", "resumed.pt"],
@@ -250,14 +211,14 @@ def test_the_environment_does_not_change_a_run_without_the_flag(chains: dict[str
     assert done.stdout == chains[None].done["main"].stdout
 
 
-def test_the_host_alone_fails_in_its_second_epoch(work: Path, run: Forks) -> None:
+def test_the_host_alone_fails_in_its_second_epoch(work: Path, run: Callable[..., Done]) -> None:
     """What the launcher puts right even without the flag."""
     done = run("--cuda", "--save", "model.pt", cwd=work, status=1, program=STANDIN / "main.py")
     assert "end of epoch 1" in done.stdout
     assert "as parameter 'weight_hh_l0'" in done.stderr
 
 
-def test_a_corpus_of_get_data_and_another_mode(tmp_path: Path, run: Forks) -> None:
+def test_a_corpus_of_get_data_and_another_mode(tmp_path: Path, run: Callable[..., Done]) -> None:
     """Files under the names that scripts/get_data.py gives them; ``nr_st``; and no report."""
     write_corpus(tmp_path / "data" / "ptb", "ptb.")
     before = sorted(os.listdir(tmp_path / "data" / "ptb"))
@@ -273,7 +234,7 @@ def test_a_corpus_of_get_data_and_another_mode(tmp_path: Path, run: Forks) -> No
     assert set(rows(done.stderr)) == {"embedding", "rnns.1.input", "output"}
 
 
-def test_a_dry_run_prints_what_would_be_patched_and_changes_nothing(tmp_path: Path, run: Forks) -> None:
+def test_a_dry_run_prints_what_would_be_patched_and_changes_nothing(tmp_path: Path, run: Callable[..., Done]) -> None:
     for arguments, told in (
         (["--sd"], "mode nr_rh_st. Would be patched:"),
         (["--script", "pointer"], "mode random, the host's own dropout. Would be patched:"),
@@ -289,7 +250,7 @@ def test_a_dry_run_prints_what_would_be_patched_and_changes_nothing(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_arguments_and_exit_status_are_the_programs_own(checkout: Path, work: Path, run: Forks) -> None:
+def test_arguments_and_exit_status_are_the_programs_own(checkout: Path, work: Path, run: Callable[..., Done]) -> None:
     code = "import sys, utils\nprint(__name__, __file__, *sys.argv, utils.__file__, sep='|')\nsys.exit(7)\n"
     (checkout / "main.py").write_text(code)
     own = ["--when", "2", "3", "--lr=0.1", "--save", "a b.pt", "--frobnicate"]
@@ -300,7 +261,7 @@ def test_arguments_and_exit_status_are_the_programs_own(checkout: Path, work: Pa
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_host_is_told_so(work: Path, run: Forks) -> None:
+def test_without_a_gpu_the_host_is_told_so(work: Path, run: Callable[..., Done]) -> None:
     done = run("--awd-dir", STANDIN, "--epochs", 1, "--wdrop", 0, "--save", "model.pt", cwd=work)
     assert done.stderr == "awd_main.py: no GPU here: adding --cuda, which is how this host is told not to use one\n"
     assert "cuda=False" in done.stdout
@@ -446,7 +407,7 @@ def test_a_corpus_that_is_not_complete(tmp_path: Path, prefix: str, shown: str) 
 
 
 def test_a_damaged_cache_of_the_corpus_is_told_and_left(
-    chains: dict[str | None, Chain], work: Path, run: Forks
+    chains: dict[str | None, Chain], work: Path, run: Callable[..., Done]
 ) -> None:
     (whole,) = chains[None].folder.glob("corpus.*.data")
     content = whole.read_bytes()[:-100]
@@ -459,7 +420,7 @@ def test_a_damaged_cache_of_the_corpus_is_told_and_left(
 
 @pytest.mark.parametrize("script", ["main", "generate"])
 def test_a_damaged_checkpoint_is_told_and_left(
-    chains: dict[str | None, Chain], work: Path, run: Forks, script: str
+    chains: dict[str | None, Chain], work: Path, run: Callable[..., Done], script: str
 ) -> None:
     content = chains[None].models["main"][:-100]
     (work / "model.pt").write_bytes(content)
@@ -471,7 +432,7 @@ def test_a_damaged_checkpoint_is_told_and_left(
 
 
 def test_a_save_that_is_killed_leaves_the_former_checkpoint(
-    chains: dict[str | None, Chain], checkout: Path, work: Path, run: Forks
+    chains: dict[str | None, Chain], checkout: Path, work: Path, run: Callable[..., Done]
 ) -> None:
     (work / "model.pt").write_bytes(chains[None].models["main"])
     slow = """

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from sd_plugin import UsageError
 
+from ..forks import Forks, forks
 from ..patches import targer_stand_in as stand_in
 from ..patience import PATIENCE
 
@@ -278,8 +279,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stand_in.write_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Of a Python that hashes as the program would have it, so that it need not be started again."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    with forks(tmp_path_factory.mktemp("output"), env) as fork:
+        yield fork
+
+
 @pytest.fixture
-def launch(tmp_path: Path, checkout: Path, data: Path) -> Launch:
+def launch(tmp_path: Path, checkout: Path, data: Path, fork: Forks) -> Launch:
     """Runs ``ner_main.py`` in an empty folder, on the stand-in and its corpus unless told otherwise."""
     # The stand-in scores without Perl, which need not be installed here.
     perl = tmp_path / "bin" / "perl"
@@ -290,25 +299,22 @@ def launch(tmp_path: Path, checkout: Path, data: Path) -> Launch:
     folder = tmp_path / "here"
     folder.mkdir()
 
-    def run(*arguments: object, host: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, host: Path | None = None, started: bool = False, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         given = list(map(str, arguments))
         if not any(argument.startswith("--data") for argument in given):
             given.append(f"--data={data}")
         if host is None and "TARGER_DIR" not in variables:
             host = checkout
+        if host:
+            given.append(f"--targer-dir={host}")
+        script = ROOT / "scripts" / "ner_main.py"
+        env = {**kept, "OMP_NUM_THREADS": "1", "PATH": f"{os.environ['PATH']}:{perl.parent}", **variables}
+        if not started:
+            return fork(script, given, cwd=folder, env={**env, "PYTHONHASHSEED": "0"})
         return subprocess.run(
-            [
-                sys.executable,
-                str(ROOT / "scripts" / "ner_main.py"),
-                *given,
-                *([f"--targer-dir={host}"] if host else []),
-            ],
-            cwd=folder,
-            env={**kept, "OMP_NUM_THREADS": "1", "PATH": f"{os.environ['PATH']}:{perl.parent}", **variables},
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
+            [sys.executable, str(script), *given], cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE
         )
 
     return run
@@ -377,7 +383,7 @@ def test_training(launch: Launch, tmp_path: Path, checkout: Path, mode: str | No
 def test_same_command_gives_the_same_model(launch: Launch, tmp_path: Path) -> None:
     command = ("--sd=nr_st", "--epoch-num=1", "--seed-num=5")
     for name in ("one", "two"):
-        assert launch(*command, f"--run-dir={name}").returncode == 0
+        assert launch(*command, f"--run-dir={name}", started=True).returncode == 0
     one, two = (results(tmp_path / "here" / name)[0] for name in ("one", "two"))
     assert scores_of(one) == scores_of(two)
 

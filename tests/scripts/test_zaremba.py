@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from .. import tolerances
+from ..forks import Forks, forks
 from ..patience import PATIENCE
 
 # Without these the script ends at once, and would end pytest.
@@ -82,14 +83,24 @@ def environment(**more: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def zaremba(arguments: Callable[..., list[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    with forks(tmp_path_factory.mktemp("output"), environment()) as fork:
+        yield fork
+
+
+@pytest.fixture(scope="module")
+def zaremba(arguments: Callable[..., list[str]], fork: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The program itself."""
 
     def run(out: Path, *more: object, status: int = 0, before: Any = None, **changes: object) -> Any:
-        command = [sys.executable, str(SCRIPT), *arguments(out, *more, **changes)]
-        done = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False, preexec_fn=before
-        )
+        told = arguments(out, *more, **changes)
+        if before is None:
+            done = fork(SCRIPT, told, cwd=Path.cwd(), env=environment())
+        else:
+            command = [sys.executable, str(SCRIPT), *told]
+            done = subprocess.run(
+                command, env=environment(), capture_output=True, text=True, timeout=PATIENCE, preexec_fn=before
+            )
         assert done.returncode == status, done.stderr
         return done
 
