@@ -30,6 +30,7 @@ from gpu_check_report import Section, one_line
 from torch import Tensor, nn
 
 from sd_plugin import StructuredDropoutLSTM, kernels
+from sd_plugin.bench.precision import refusal
 from sd_plugin.kernels import BackendError
 
 #: Largest error allowed, relative to the largest entry of a result. TF32 has float16's mantissa.
@@ -220,6 +221,8 @@ def compiled_by(machine: Machine, compiler: str) -> dict[str, Any]:
 
 def as_stock(machine: Machine, autocast: torch.dtype | None) -> dict[str, Any]:
     """The module without dropout against ``nn.LSTM`` on the same parameters: values and gradients."""
+    if autocast is not None and (reason := refusal(autocast, machine.device)):
+        return {"skipped": reason}
     torch.manual_seed(1)
     verdict = Verdict(TOLERANCE["layer"]["fp32" if autocast is None else "bf16"])
     hidden, lengths = 8 if machine.tiny else 200, torch.tensor([7, 7, 4, 2, 1])

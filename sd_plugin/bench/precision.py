@@ -33,6 +33,20 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
+def refusal(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why torch's own LSTM cannot run under autocast here, None if it can.
+
+    On a CPU it takes what oneDNN has for it, and oneDNN has none in half precision for a processor without AVX-512.
+    """
+    lstm, x = torch.nn.LSTM(1, 1).to(device), torch.zeros(1, 1, 1, device=device)
+    try:
+        with torch.autocast(device.type, dtype=dtype):
+            lstm(x)
+    except RuntimeError as error:
+        return f"torch's LSTM has no autocast in {dtype} here: {str(error).split('.')[0]}"
+    return None
+
+
 def settings(precision: str) -> AbstractContextManager[None]:
     """Torch's switches as ``precision`` says; afterwards as they were."""
     return tf32(cudnn=precision != FP32, matmul=False)

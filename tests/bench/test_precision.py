@@ -50,9 +50,28 @@ def test_forward_and_loss_run_in_the_precision(name: str, dtype: torch.dtype) ->
     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
+def require_autocast(dtype: torch.dtype = torch.bfloat16) -> None:
+    """Skip the test where the baseline, torch's own LSTM, cannot run."""
+    if reason := precision.refusal(dtype, torch.device("cpu")):
+        pytest.skip(reason)
+
+
+def test_a_refusal_says_what_torch_cannot_do() -> None:
+    lstm, x = torch.nn.LSTM(3, 4), torch.ones(2, 1, 3)
+    for dtype in (torch.bfloat16, torch.float16):
+        if reason := precision.refusal(dtype, torch.device("cpu")):
+            assert str(dtype) in reason and "\n" not in reason
+            with pytest.raises(RuntimeError), torch.autocast("cpu", dtype=dtype):
+                lstm(x)
+        else:
+            with torch.autocast("cpu", dtype=dtype):
+                assert lstm(x)[0].dtype == dtype
+
+
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=lambda workload: workload.name)
 def test_every_column_trains_under_autocast(workload: Any) -> None:
     """On a CPU, where autocast has no LSTM of its own for float16."""
+    require_autocast()
     setup = Setup(tiny=True, precision=BF16)
     for column in workload.columns:
         training = workload.build(column, setup)
@@ -72,6 +91,7 @@ def first(y: Any) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def document() -> results.Document:
+    require_autocast()
     settings = runner.Settings(
         workloads=["zaremba-medium", "awd-lstm"],
         columns=[STOCK, DENSE, NR_RH_ST],
