@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sd_plugin import _tested
 
 ROOT = Path(__file__).parents[1]
@@ -43,6 +45,7 @@ def test_the_table_of_the_benchmark_is_what_its_samples_give() -> None:
     assert table == done.stdout
 
 
+@pytest.mark.exhaustive
 def test_the_tables_of_the_kernels_are_what_the_code_gives() -> None:
     """No kernel has changed since it was compiled for them, and what the backend launches is what they say."""
     script = ROOT / "benchmarks" / "cuda_resources.py"

@@ -152,6 +152,7 @@ def test_wrong_use(files: tuple[Path, Path]) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_registers_are_what_the_compiler_says() -> None:
     """Of some units; where the compiler is that of the file."""
     document = json.loads(RESULTS.read_text(encoding="utf-8"))

@@ -171,6 +171,7 @@ def test_a_file_from_before_precisions_is_read_as_before() -> None:
     assert all(title.endswith(", fp32+TF32") for title, _ in summary.runs(document))
 
 
+@pytest.mark.exhaustive
 def test_memory_is_measured_in_the_precision() -> None:
     setup = Setup(tiny=True, precision=BF16)
     assert memory.measure("ner", STOCK, setup, 1)["peak"] > 20

@@ -80,6 +80,7 @@ def test_what_is_printed_cannot_be_taken_for_a_result(tiny_run: TinyRun) -> None
     assert "LSTM part only" in tiny_run.printed
 
 
+@pytest.mark.exhaustive
 def test_memory_is_measured_in_another_process(tmp_path: Path) -> None:
     path = tmp_path / "memory.json"
     done = bench(

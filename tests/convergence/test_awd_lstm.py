@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sd_plugin import disable, enable, stats
 
 from .. import counted
+from ..more import more
 from ..tolerances import of_training
 
 pytestmark = pytest.mark.convergence
@@ -106,7 +107,7 @@ def own_dropout(host: SimpleNamespace, text: Tensor) -> float:
     return loss
 
 
-@pytest.mark.parametrize("mode", ["nr_st", "nr_rh_st"])
+@pytest.mark.parametrize("mode", [*more("nr_st"), "nr_rh_st"])
 def test_nothing_dropped_is_the_same_training(host: SimpleNamespace, text: Tensor, mode: str) -> None:
     never = dict.fromkeys(RATES, NEVER)
     disable("awd_lstm")
@@ -125,7 +126,9 @@ def test_nothing_dropped_is_the_same_training(host: SimpleNamespace, text: Tenso
 
 
 @pytest.mark.parametrize(
-    ("mode", "case"), [("nr_st", "III"), ("nr_rh_st", "III"), ("nr_rh_st", "IV")], ids=["nr_st", "nr_rh_st", "locked"]
+    ("mode", "case"),
+    [*more(("nr_st", "III")), ("nr_rh_st", "III"), *more(("nr_rh_st", "IV"))],
+    ids=["nr_st", "nr_rh_st", "locked"],
 )
 def test_structured_dropout_learns_as_the_hosts_own(
     host: SimpleNamespace, text: Tensor, own_dropout: float, mode: str, case: str

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from sd_plugin import StructuredDropout, StructuredDropoutLSTM, StructuredLinear, stats
 
+from ..more import more
 from ..tolerances import of_training
 
 pytestmark = pytest.mark.convergence
@@ -115,7 +116,7 @@ def test_nothing_dropped_is_the_same_training(text_and_entropy: tuple[Tensor, fl
 
 @pytest.mark.parametrize(
     ("mode", "recurrent", "locked"),
-    [("nr_st", 0.0, False), ("nr_rh_st", 0.2, False), ("nr_rh_st", 0.2, True)],
+    [*more(("nr_st", 0.0, False)), ("nr_rh_st", 0.2, False), *more(("nr_rh_st", 0.2, True))],
     ids=["nr_st", "nr_rh_st", "nr_rh_st locked"],
 )
 def test_structured_dropout_learns_as_random_dropout(

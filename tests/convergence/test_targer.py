@@ -18,6 +18,7 @@ from sd_plugin import hints, stats
 from sd_plugin.patches import targer
 
 from .. import counted
+from ..more import more
 from ..patches import targer_stand_in as stand_in
 from ..tolerances import of_training
 
@@ -100,7 +101,7 @@ def random_dropout(host: Modules) -> float:
     return loss
 
 
-@pytest.mark.parametrize("mode", ["random", "nr_st", "nr_rh_st"])
+@pytest.mark.parametrize("mode", [*more("random", "nr_st"), "nr_rh_st"])
 def test_nothing_dropped_is_the_same_training(host: Modules, mode: str) -> None:
     expected, expected_end = train(host, 0.0, 60)
     assert expected[-1] < expected[0] - 0.2, "it learns"
@@ -125,7 +126,7 @@ def test_skipping_is_the_same_training_as_not_skipping(host: Modules, monkeypatc
     assert end == pytest.approx(dense_end, rel=noise)
 
 
-@pytest.mark.parametrize("mode", ["nr_st", "nr_rh_st"])
+@pytest.mark.parametrize("mode", [*more("nr_st"), "nr_rh_st"])
 def test_structured_dropout_learns_as_random_dropout(host: Modules, random_dropout: float, mode: str) -> None:
     targer.enable(mode)
     losses, loss = train(host, DROPOUT, UPDATES)

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 import sd_plugin
 from sd_plugin import stats
 
+from ..more import more
 from ..tolerances import of_training
 
 pytestmark = pytest.mark.convergence
@@ -117,7 +118,7 @@ def test_nothing_dropped_is_the_same_training(text: Tensor, p: float, dtype: tor
     assert len(stats.sites()) == (4 if p else 0)
 
 
-@pytest.mark.parametrize(("mode", "case"), [("nr_st", "III"), ("nr_rh_st", "III"), ("nr_rh_st", "IV")])
+@pytest.mark.parametrize(("mode", "case"), [*more(("nr_st", "III")), ("nr_rh_st", "III"), *more(("nr_rh_st", "IV"))])
 def test_structured_dropout_learns_as_random_dropout(text: Tensor, random_dropout: float, mode: str, case: str) -> None:
     sd_plugin.enable("torch_nn", mode=mode, case=case)
     losses, loss = train(0.2, text, UPDATES)

@@ -21,6 +21,8 @@ from sd_plugin.kernels.cpu.toolchain import BuildError, Target
 from ..patience import PATIENCE
 from . import cases
 
+pytestmark = pytest.mark.exhaustive
+
 HERE = Path(__file__).parent
 KERNEL_TESTS = tuple(
     HERE / f"test_{name}.py" for name in ("gemm", "lstm_kernels", "decoder_kernels", "loss_kernels", "large_shapes")
@@ -66,14 +68,8 @@ def pytest_under(sanitizer: str, cache: Path, *arguments: object, **environ: str
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=PATIENCE)
 
 
-#: The instruction set of most machines; the sources are the same for all, but for what they are compiled to.
-COMMON = "avx2"
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "isa", [pytest.param(isa, marks=[] if isa == COMMON else [pytest.mark.exhaustive]) for isa in toolchain.ISAS]
-)
+@pytest.mark.parametrize("isa", toolchain.ISAS)
 def test_kernels_are_clean(isa: str) -> None:
     best = toolchain.machine_isa()
     if toolchain.ISAS.index(isa) > toolchain.ISAS.index(best):

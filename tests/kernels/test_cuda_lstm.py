@@ -41,6 +41,7 @@ def _tiles() -> list[Tile]:
 TILES = _tiles()
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=4 * len(TILES))
 @given(
     data=st.data(), tile=st.sampled_from(TILES), layout=layouts(max_batch=20), hidden=st.integers(1, 40) | st.just(130),

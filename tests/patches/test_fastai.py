@@ -26,6 +26,7 @@ import sd_plugin
 from sd_plugin import UsageError, hints, stats
 from sd_plugin.patches import registry
 
+from ..more import more
 from ..tolerances import assert_close
 
 STANDINS = Path(__file__).parent / "standins"
@@ -453,7 +454,9 @@ def run(program: str, folder: Path, **environ: str) -> subprocess.CompletedProce
     return done
 
 
-@pytest.mark.parametrize("first", ["fastai.text.models", "fastai.text.models.awdlstm", "fastai.text.models.core"])
+@pytest.mark.parametrize(
+    "first", ["fastai.text.models", *more("fastai.text.models.awdlstm", "fastai.text.models.core")]
+)
 def test_the_environment_patches_an_unmodified_program(first: str, tmp_path: Path) -> None:
     done = run(PROGRAM.format(first=first), tmp_path, SD_PLUGIN="1", SD_PLUGIN_REPORT="1")
     found = re.findall(r"^  (\S+) +3 +50\.0% +50\.0% +0 +0$", done.stderr, re.MULTILINE)
@@ -461,7 +464,9 @@ def test_the_environment_patches_an_unmodified_program(first: str, tmp_path: Pat
     assert "not patched" not in done.stderr
 
 
-@pytest.mark.parametrize("environ", [{}, {"SD_PLUGIN": "random"}, {"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "opennmt"}])
+@pytest.mark.parametrize(
+    "environ", [{}, *more({"SD_PLUGIN": "random"}, {"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "opennmt"})]
+)
 def test_what_is_not_asked_for_is_not_done(environ: dict[str, str], tmp_path: Path) -> None:
     program = PROGRAM.format(first="fastai.text.models")
     expected = run(program, tmp_path, SD_PLUGIN="0").stdout
@@ -469,6 +474,7 @@ def test_what_is_not_asked_for_is_not_done(environ: dict[str, str], tmp_path: Pa
     assert (done.stdout, done.stderr) == (expected, "")
 
 
+@pytest.mark.exhaustive
 def test_another_fastai_is_one_warning_and_runs_as_it_is(tmp_path: Path) -> None:
     *change, told = OTHERS["arguments"]
     folder = another_fastai(tmp_path, *change)

@@ -27,6 +27,7 @@ import sd_plugin
 from sd_plugin import UsageError, hints, stats
 from sd_plugin.patches import registry
 
+from ..more import more
 from ..tolerances import assert_close
 
 HOST = registry()["torch_nn"]
@@ -777,8 +778,7 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
     "environ",
     [
         {"SD_PLUGIN": "1"},
-        {"SD_PLUGIN": "random", "SD_PLUGIN_TARGETS": "torch"},
-        {"SD_PLUGIN_TARGETS": "torch"},
+        *more({"SD_PLUGIN": "random", "SD_PLUGIN_TARGETS": "torch"}, {"SD_PLUGIN_TARGETS": "torch"}),
     ],
     ids=["not asked for", "random", "no mode"],
 )
@@ -791,8 +791,13 @@ def test_what_is_not_asked_for_is_not_done(environ: dict[str, str], printed: str
     ("environ", "told"),
     [
         ({"SD_PLUGIN": "1", "SD_PLUGIN_CASE": "V"}, "SD_PLUGIN_CASE='V' is no case"),
-        ({"SD_PLUGIN": "1", "SD_PLUGIN_RECURRENT_DROPOUT": "2"}, "SD_PLUGIN_RECURRENT_DROPOUT='2' must be a number"),
-        ({"SD_PLUGIN": "nr_st", "SD_PLUGIN_RECURRENT_DROPOUT": "0.5"}, "mode nr_st has no recurrent dropout"),
+        *more(
+            (
+                {"SD_PLUGIN": "1", "SD_PLUGIN_RECURRENT_DROPOUT": "2"},
+                "SD_PLUGIN_RECURRENT_DROPOUT='2' must be a number",
+            ),
+            ({"SD_PLUGIN": "nr_st", "SD_PLUGIN_RECURRENT_DROPOUT": "0.5"}, "mode nr_st has no recurrent dropout"),
+        ),
     ],
 )
 def test_a_mistake_in_the_environment_is_one_line_and_torch_as_it_is(
@@ -805,7 +810,7 @@ def test_a_mistake_in_the_environment_is_one_line_and_torch_as_it_is(
 
 
 @pytest.mark.parametrize(
-    "module", ["sd_plugin.kernels", "sd_plugin.functional", "sd_plugin.lstm", "sd_plugin.patterns"]
+    "module", ["sd_plugin.kernels", *more("sd_plugin.functional", "sd_plugin.lstm", "sd_plugin.patterns")]
 )
 def test_torch_is_patched_when_this_library_is_what_imports_it(module: str, tmp_path: Path) -> None:
     program = f"import {module}, sd_plugin.patches\nassert sd_plugin.patches.registry()['torch_nn'].enabled()"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ..forks import Forks, forks
 from ..patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,15 +29,17 @@ class Program:
     """``get_data.py`` with a folder of its own for the corpora."""
 
     out: Path
+    fork: Forks
 
     def command(self, *arguments: object) -> list[str]:
         script = ROOT / "scripts" / "get_data.py"
         return [sys.executable, str(script), *map(str, arguments), "--out", str(self.out)]
 
     def __call__(self, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments), capture_output=True, text=True, timeout=PATIENCE, check=False, **options
-        )
+        command = self.command(*arguments)
+        if not options:
+            return self.fork(Path(command[1]), command[2:], cwd=Path.cwd(), env=os.environ)
+        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False, **options)
 
     def fails(self, *arguments: object, status: int = 1, **options: object) -> str:
         """Run it, see that it fails in one line on standard error, and return that line."""
@@ -55,9 +58,19 @@ class Program:
         return {str(path): path.read_bytes() for path in self.out.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs scripts that need no start of their own, in forks of one Python."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SD_PLUGIN", "PYTHON"))}
+    # A fixed order of sets is what ner_main.py would start itself again for.
+    env = {**kept, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    with forks(tmp_path_factory.mktemp("output"), env) as fork:
+        yield fork
+
+
 @pytest.fixture
-def get_data(tmp_path: Path) -> Program:
-    return Program(tmp_path / "data")
+def get_data(tmp_path: Path, fork: Forks) -> Program:
+    return Program(tmp_path / "data", fork)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from ..forks import forks
+from ..forks import Forks
 from ..patience import PATIENCE
 
 # Without it the script ends at once, and would end pytest.
@@ -54,16 +54,15 @@ def launch(*arguments: object, cwd: Path, **changes: str) -> Done:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Done]]:
+def run(fork: Forks) -> Callable[..., Done]:
     """Runs the launcher, or another program, in a fork."""
-    with forks(tmp_path_factory.mktemp("output"), environ()) as fork:
 
-        def run(*arguments: object, cwd: Path, status: int = 0, program: Path = LAUNCHER, **changes: str) -> Done:
-            done = fork(program, arguments, cwd=cwd, env=environ(**changes))
-            assert done.returncode == status, done.stdout + done.stderr
-            return done
+    def run(*arguments: object, cwd: Path, status: int = 0, program: Path = LAUNCHER, **changes: str) -> Done:
+        done = fork(program, arguments, cwd=cwd, env=environ(**changes))
+        assert done.returncode == status, done.stdout + done.stderr
+        return done
 
-        yield run
+    return run
 
 
 def write_corpus(folder: Path, prefix: str = "") -> Path:

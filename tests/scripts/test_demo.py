@@ -104,6 +104,7 @@ def test_bleu_that_there_is_not(
     assert CliRunner().invoke(demo.app, [f"--min-bleu={value}"]).exit_code == 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.hosts
 def test_failed_stage_ends_the_demo(tmp_path: Path) -> None:
     pytest.importorskip("num2words")

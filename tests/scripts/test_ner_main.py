@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from sd_plugin import UsageError
 
-from ..forks import Forks, forks
+from ..forks import Forks
 from ..patches import targer_stand_in as stand_in
 from ..patience import PATIENCE
 
@@ -277,14 +277,6 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stand_in.write_data(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Of a Python that hashes as the program would have it, so that it need not be started again."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    with forks(tmp_path_factory.mktemp("output"), env) as fork:
-        yield fork
 
 
 @pytest.fixture

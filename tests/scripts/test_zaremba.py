@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .. import tolerances
-from ..forks import Forks, forks
+from ..forks import Forks
 from ..patience import PATIENCE
 
 # Without these the script ends at once, and would end pytest.
@@ -80,12 +80,6 @@ def arguments(text: Path) -> Callable[..., list[str]]:
 def environment(**more: str) -> dict[str, str]:
     """Like this process's, with one thread: numbers are compared bit by bit, and cores are few."""
     return {**os.environ, "OMP_NUM_THREADS": "1", **more}
-
-
-@pytest.fixture(scope="module")
-def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    with forks(tmp_path_factory.mktemp("output"), environment()) as fork:
-        yield fork
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +382,7 @@ def test_no_room_on_the_disk(whole, zaremba, tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- several processes
 
 
+@pytest.mark.exhaustive
 def test_torchrun_without_dropout_equals_one_process(arguments, whole, tmp_path: Path) -> None:
     changes = {"dropout": 0, "evaluation_batch_size": 1}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]

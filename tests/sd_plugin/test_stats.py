@@ -14,6 +14,8 @@ import torch
 from sd_plugin import StructuredDropout, StructuredDropoutLSTM, StructuredLinear, report, stats
 from sd_plugin.kernels import fallbacks
 
+from ..more import more
+
 
 def test_counts_of_a_product() -> None:
     """T=3, B=2, K=8 of which 6 are kept, N=5: forward, input gradient and weight gradient."""
@@ -112,13 +114,14 @@ SLOW = "sd-plugin: slow path taken: dropped tensors that reached no skipping pro
 @pytest.mark.parametrize(
     ("lines", "setting", "start", "count"),
     [
-        ([DROP, USE], "", "", 0),
+        *more(([DROP, USE], "", "", 0)),
         ([DROP, USE, DROP], "", f"{SLOW}emb 1 of 2; backend fallbacks: 0", 1),
-        ([DROP, "sd_plugin.stats.reset()", DROP], "0", f"{SLOW}emb 1 of 1;", 1),
-        ([DROP, USE, "sd_plugin.stats.fallbacks['gemm_fp', 'cuda', 'x'] = 3"], "", f"{SLOW}no hint lost; backend", 1),
+        *more(
+            ([DROP, "sd_plugin.stats.reset()", DROP], "0", f"{SLOW}emb 1 of 1;", 1),
+            ([DROP, USE, "sd_plugin.stats.fallbacks['gemm_fp', 'cuda', 'x'] = 3"], "", f"{SLOW}no hint lost; ", 1),
+        ),
         ([DROP, USE], "1", f"{stats.TITLE} (backend: ", 5),
-        (["sd_plugin.stats.reset()"], "1", "", 0),
-        ([DROP, "sd_plugin.report()"], "1", "", 0),
+        *more((["sd_plugin.stats.reset()"], "1", "", 0), ([DROP, "sd_plugin.report()"], "1", "", 0)),
     ],
     ids=["used", "lost", "lost after a reset", "fallback", "asked for", "nothing to tell", "told before"],
 )  # fmt: skip
