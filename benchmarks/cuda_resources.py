@@ -36,6 +36,10 @@ from sd_plugin.errors import UsageError
 from sd_plugin.kernels.cuda import sources
 from sd_plugin.kernels.cuda.driver import Unit
 
+# One line for what is wrong with a command line, as the programs in scripts/ have it.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+from typer_program import run_app
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
@@ -261,4 +265,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, "cuda_resources.py")

@@ -10,7 +10,7 @@ validation is solid, training dashed. A run that ended before its schedule did i
 from __future__ import annotations
 
 import csv
-import os
+import io
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,11 @@ from plot import COLOURS, FORMATS, MARKERS, STYLE
 
 from sd_plugin.bench.columns import LABELS, NR_RH_ST, NR_ST, STOCK
 from sd_plugin.errors import UsageError
+
+# Files and command lines as the programs in scripts/ have them.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+from typer_program import run_app
+from whole_file import write_whole
 
 #: Mode of a log -> its colour and marker, and its name in the figure.
 LOOKS = {"random": STOCK, "nr_st": NR_ST, "nr_rh_st": NR_RH_ST}
@@ -122,14 +127,10 @@ def _check_target(out: Path) -> None:
 
 
 def _save(figure: Figure, out: Path) -> None:
-    """Write a figure under a temporary name, then rename it: what was there is replaced by all of it or not at all."""
-    kind = out.suffix[1:]
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        figure.savefig(partial, format=kind, metadata={"Date": None} if kind == "svg" else None)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write a figure; what was there is replaced by all of it or not at all."""
+    kind, drawn = out.suffix[1:], io.BytesIO()
+    figure.savefig(drawn, format=kind, metadata={"Date": None} if kind == "svg" else None)
+    write_whole(out, drawn.getvalue())
 
 
 def draw(runs: list[Run]) -> Figure:
@@ -168,4 +169,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, "learning_curves.py")

@@ -31,6 +31,10 @@ from sd_plugin.bench import results, summary
 from sd_plugin.bench.columns import DENSE, LABELS, NR_RH_ST, NR_ST, PHASES, STOCK
 from sd_plugin.errors import UsageError
 
+# One line for what is wrong with a command line, as the programs in scripts/ have it.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+from typer_program import run_app
+
 FORMATS = ("png", "svg")
 #: Of Okabe and Ito's palette, told apart by every kind of colour vision, and in grey.
 COLOURS = {STOCK: "#000000", DENSE: "#56B4E9", NR_ST: "#E69F00", NR_RH_ST: "#009E73"}
@@ -229,4 +233,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, "plot.py")

@@ -19,6 +19,10 @@ except ImportError:
 from sd_plugin.bench import results, summary
 from sd_plugin.errors import UsageError
 
+# One line for what is wrong with a command line, as the programs in scripts/ have it.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+from typer_program import run_app
+
 BEGIN, END = "<!-- table of the benchmark: begin -->", "<!-- table of the benchmark: end -->"
 TABLES = {"steps": summary.step_table, "phases": summary.phase_table, "sweeps": summary.sweep_table}
 
@@ -76,4 +80,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, "table.py")

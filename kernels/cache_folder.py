@@ -31,6 +31,7 @@ from functools import cache
 from pathlib import Path
 
 VARIABLE = "SD_PLUGIN_CACHE"
+_REMEDY = f"set {VARIABLE} to a folder that only you can write to"
 _ROOT = 0
 #: As many links as Linux follows.
 _MOST_LINKS = 40
@@ -41,6 +42,10 @@ _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 class UnsafeError(PermissionError):
     """Somebody else could change a folder or a file; the text names it and says in one line what to do."""
+
+
+class NamedError(OSError):
+    """The folder that the environment variable names cannot be one; the text says in one line what to do."""
 
 
 # Where it is.
@@ -58,8 +63,10 @@ def chosen(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 def candidates() -> list[Path]:
     """Where the cache folder may be, by preference: the one chosen, then one among the temporary files."""
-    place = chosen()
+    place, named = chosen(), os.environ.get(VARIABLE, "").strip()
     places = [] if place is None else [place]
+    if place is None and named:
+        _tell(f"{VARIABLE}={named}: there is no such home; {_REMEDY}")
     # There may be no directory for temporary files either.
     with suppress(OSError):
         places.append(Path(os.path.abspath(tempfile.gettempdir()), f"sd-plugin-{os.geteuid()}"))
@@ -87,7 +94,7 @@ def made(*names: str) -> Path:
             reason = " ".join(str(error).split())
             continue
         return path
-    raise OSError(f"there is no cache folder ({reason}); set {VARIABLE} to a folder that only you can write to")
+    raise OSError(f"there is no cache folder ({reason}); {_REMEDY}")
 
 
 def existing(*names: str) -> list[Path]:
@@ -133,9 +140,16 @@ def opened(folder: Path, *names: str, make: bool = False) -> Iterator[int]:
         make: make it, private, with what is missing above it.
 
     Raises:
-        UnsafeError: somebody else can write there. OSError: it is not there, or cannot be made.
+        UnsafeError: somebody else can write there. NamedError: ``SD_PLUGIN_CACHE`` names what cannot be a folder.
+        OSError: it is not there, or cannot be made.
     """
-    descriptor = _walk(folder, names, make)
+    try:
+        descriptor = _walk(folder, names, make)
+    except OSError as error:
+        told = _fault_of_named(error, folder)
+        if told is None:
+            raise
+        raise NamedError(told) from error
     try:
         yield descriptor
     finally:
@@ -161,8 +175,8 @@ def open_file(folder: int, path: Path) -> int:
 
 
 def warn(error: OSError) -> None:
-    """Says on standard error that something is not used because it is unsafe; other errors are the caller's."""
-    if isinstance(error, UnsafeError):
+    """Says on standard error what is not used because it is unsafe or no folder; other errors are the caller's."""
+    if isinstance(error, (UnsafeError, NamedError)):
         _tell(str(error))
 
 
@@ -253,6 +267,21 @@ def _enter(here: int, name: str, path: Path, make: bool, above: bool) -> tuple[i
     return below, below_path
 
 
+def _fault_of_named(error: OSError, folder: Path) -> str | None:
+    """Why ``folder``, which the variable names, cannot be one; None if it does not, or if that is no fault.
+
+    A folder that is not there is none, nor is one that is there and cannot be written in: an image may hold such a one.
+    """
+    named = os.environ.get(VARIABLE, "").strip()
+    if not named or folder != chosen() or isinstance(error, (UnsafeError, FileNotFoundError)):
+        return None
+    path = Path(error.filename or folder)
+    if error.errno == errno.ENOTDIR:
+        return f"{path} is not a folder; {_REMEDY}"
+    # Else it is below, in a folder that may be read.
+    return f"{path}: {error.strerror}; {_REMEDY}" if folder.is_relative_to(path) else None
+
+
 def _located(error: OSError, path: Path) -> OSError:
     """The same error, of the whole path instead of the last name."""
     return OSError(error.errno, error.strerror, str(path))
@@ -293,7 +322,7 @@ def _check(found: os.stat_result, path: Path, opened_at: str, above: bool = Fals
     if others == stat.S_IWGRP and _is_owners_own(found.st_gid, found.st_uid) and not _has_list(opened_at):
         return
     remedy = f"chmod go-w {shlex.quote(str(path))}"
-    raise UnsafeError(f"others can write to {path}; {remedy}, or set {VARIABLE} to a folder that only you can write to")
+    raise UnsafeError(f"others can write to {path}; {remedy}, or {_REMEDY}")
 
 
 def _check_owner(owner: int, path: Path, above: bool = False) -> None:

@@ -218,21 +218,34 @@ def _patch_options() -> None:
     _patcher.set(ArgumentParser, "_validate_file", staticmethod(validate_file))
 
 
-def _stored_options(path: str, what: str) -> argparse.Namespace:
-    """The options in a checkpoint, looked up before the host reads or writes anything; the tensors stay on disk.
+def _checkpoint(path: str, what: str) -> dict[str, Any]:
+    """What a checkpoint holds, looked up before the host reads or writes anything; the tensors stay on disk.
 
     Raises:
-        UsageError: there is no such file, the host could not load it, or it was written by a newer plugin.
+        UsageError: there is no such file, or the host could not load it.
     """
-    from onmt.utils.parse import ArgumentParser
-
     from sd_plugin.opennmt import checkpoints
 
     if not os.path.exists(path):
         raise MissingDataFileError(f"{what}: no such file: {path}")
     try:
+        return checkpoints.load(path, as_host=True)
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from error
+
+
+def _stored_options(path: str, what: str) -> argparse.Namespace:
+    """The options in a checkpoint.
+
+    Raises:
+        UsageError: as :func:`_checkpoint`, or it was written by a newer plugin.
+    """
+    from onmt.utils.parse import ArgumentParser
+
+    loaded = _checkpoint(path, what)["opt"]
+    try:
         # What an older version of the host did not know has its default, as the host itself gives it.
-        stored: argparse.Namespace = ArgumentParser.ckpt_model_opts(checkpoints.load(path, as_host=True)["opt"])
+        stored: argparse.Namespace = ArgumentParser.ckpt_model_opts(loaded)
     except UsageError as error:
         raise UsageError(f"{what}: {error}") from error
     return stored
@@ -374,6 +387,22 @@ def _check_models_first(program: ModuleType) -> None:
     program.translate = translate  # type: ignore[attr-defined]
 
 
+class _CheckedTorch:
+    """torch for a program that loads checkpoints by itself: looks at each of them first."""
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        return getattr(torch, name)
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        """``torch.load``; UsageError if it is no checkpoint that can be loaded."""
+        import torch
+
+        _checkpoint(path, "model")
+        return torch.load(path, *args, **kwargs)
+
+
 def _tell_mistakes_in_one_line(program: ModuleType) -> None:
     """Let a console script end with one line and exit code 2 where this plugin refuses the user's input."""
     stock: Callable[[], Any] = program.main
@@ -381,6 +410,8 @@ def _tell_mistakes_in_one_line(program: ModuleType) -> None:
         return
     if program.__name__ == "onmt.bin.translate":
         _check_models_first(program)
+    elif program.__name__ in ("onmt.bin.average_models", "onmt.bin.release_model"):
+        program.torch = _CheckedTorch()  # type: ignore[attr-defined]
 
     @functools.wraps(stock)
     def main() -> Any:

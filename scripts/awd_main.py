@@ -64,7 +64,7 @@ class Training(BaseModel):
     epochs: Size = 8000
     lr: NotNegative = 30.0
     wdecay: NotNegative = 1.2e-6
-    clip: Number = 0.25
+    clip: NotNegative = 0.25
     alpha: Number = 2.0
     beta: Number = 1.0
     dropout: Share = 0.4

@@ -36,6 +36,8 @@ except ImportError:
 
 import get_data
 from corpus_files import DataError
+from thread_limits import bounded
+from typer_program import run_app
 
 ROOT = Path(__file__).resolve().parent.parent
 #: First words of the report that the plugin writes to the training log.
@@ -90,7 +92,7 @@ class Files:
 
 def environment(stock: bool) -> dict[str, str]:
     """The environment of OpenNMT-py's programs."""
-    variables = dict(os.environ)
+    variables = {**os.environ, **bounded(os.environ)}
     # More threads than idle cores slow small matrix products down several times: as many as are idle, up to two.
     idle = (os.cpu_count() or 1) - round(os.getloadavg()[0])
     variables.setdefault("OMP_NUM_THREADS", str(min(2, max(1, idle))))
@@ -284,4 +286,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, "demo.py")

@@ -6,7 +6,8 @@ the language as ending and one tokenised sentence a line, beside README.txt (lic
 and manifest.json (sizes and digests). The table of origins is corpora.py; number_words.py makes the demo.
 
 Nothing is taken on trust: a file whose SHA-256 is not the expected one is refused, and the existing folder
-stays as it is until its successor is complete. Exit status: 0 done or nothing to do, 1 failure, 2 wrong use.
+stays as it is until its successor is complete. Exit status: 0 done or nothing to do, 1 failure, 2 wrong use, 130
+interrupted.
 """
 
 import contextlib
@@ -16,6 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+# Before all that takes long to import.
+import interruption
+
+# isort: split
 try:
     import typer
     from rich.console import Console
@@ -47,6 +52,7 @@ from corpus_files import (
     verify_prepared,
     write_manifest,
 )
+from typer_program import run_app
 
 #: Seed of the demo corpus unless told otherwise.
 SEED = 1234
@@ -424,6 +430,7 @@ def main(
         ),
     ] = False,
 ) -> None:
+    interruption.is_raised()
     options = {
         "--from": source,
         "--mirror": mirror,
@@ -460,4 +467,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app()
+    run_app(app, "get_data.py")

@@ -54,6 +54,7 @@ from gpu_check_report import (
     rounded,
     save,
 )
+from thread_limits import bound_torch
 from typer.main import get_command
 
 from sd_plugin import UsageError, kernels
@@ -239,6 +240,8 @@ def main(
 ) -> None:
     """Check and measure the CUDA backend on this machine's NVIDIA GPU."""
     sections, machine = _chosen(only), _machine(rehearse)
+    if (note := bound_torch()) and child_of is None:
+        print(f"gpu_check.py: {note}", file=sys.stderr)
     if sanitize:
         gpu_check_programs.sanitize_child(machine, seconds)
         return

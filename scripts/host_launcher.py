@@ -13,6 +13,7 @@ from typing import Annotated
 
 import interruption
 from pydantic import Field
+from thread_limits import bound_torch
 from user_input import Model, Number, Parser, WholeNumberText, shortened, shown, validated
 
 from sd_plugin._environment import CASES, MODES, TARGETS_VARIABLE, VARIABLE, read_switch
@@ -127,8 +128,10 @@ def run_program(path: Path, arguments: Sequence[str], prepare: Callable[[], None
     """Run a host's program as if by ``python PATH ARGUMENTS``, after ``prepare`` has patched the host.
 
     ``prepare`` is called when ``__main__`` is the program already, none of whose code has run. The exit status is the
-    program's own.
+    program's own. Threads are bounded by the number of processors; what that changes is told in one line.
     """
+    if note := bound_torch():
+        print(f"note: {note}", file=sys.stderr)
     enter_program(path, arguments)
     prepare()
     exec(compile(path.read_bytes(), str(path), "exec"), vars(sys.modules["__main__"]))

@@ -7,16 +7,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from thread_limits import processors
 from user_input import shown
 
 from sd_plugin.errors import UsageError
 
 _CGROUPS = Path("/sys/fs/cgroup")
-
-
-def processors() -> int:
-    """Processors of the machine; a program that may use a part of them can have as many threads all the same."""
-    return os.cpu_count() or 1
 
 
 def check_threads(threads: int) -> None:

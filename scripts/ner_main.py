@@ -44,7 +44,7 @@ import run_folder
 from host_launcher import Count, NotNegative, Seed, Share, Size
 from machine_limits import check_fits, memory
 from pydantic import BaseModel, ConfigDict, Field
-from user_input import Number, WholeNumberText, reason_of
+from user_input import WholeNumberText, reason_of
 from whole_file import write_whole
 
 from sd_plugin._environment import MODES, VARIABLE, read_switch
@@ -86,6 +86,8 @@ _FILES = (
     *(("--save", "-s"), ("--report-fn",), ("--word-seq-indexer", "-w")),
 )
 _MUST_EXIST = ("train", "dev", "test", "emb_fn", "load")
+#: The model that the host trains unless told otherwise.
+_MODEL = "BiRNNCNNCRF"
 #: The file of trained vectors that the host itself looks for.
 _GLOVE = Path("embeddings", "glove.6B.100d.txt")
 
@@ -99,17 +101,18 @@ class Numbers(BaseModel):
     model_config = ConfigDict(alias_generator=lambda name: f"--{name.replace('_', '-')}")
 
     sd_recurrent_dropout: Share | None = None
-    gpu: WholeNumberText = -1
+    gpu: Annotated[WholeNumberText, Field(ge=-1)] = -1
     dropout_ratio: Share = 0.5
     batch_size: Size = 10
     emb_dim: Size = 100
     seed_num: Seed = 42
     epoch_num: Count = 100
-    min_epoch_num: WholeNumberText = 50
-    patience: WholeNumberText = 15
+    min_epoch_num: Count = 50
+    patience: Count = 15
     lr: NotNegative = 0.01
-    lr_decay: Number = 0.05
-    momentum: NotNegative = 0.9
+    # The host takes a negative one for none.
+    lr_decay: NotNegative = 0.05
+    momentum: Share = 0.9
     clip_grad: NotNegative = 5.0
     rnn_hidden_dim: Size = 100
     char_embeddings_dim: Size = 25
@@ -118,10 +121,13 @@ class Numbers(BaseModel):
     word_len: Size = 20
 
     def parameters(self, words: int) -> int:
-        """How many the tagger has at least: of words, characters and the BiLSTM, which reads both."""
-        characters = self.char_embeddings_dim * self.char_cnn_filter_num
-        lstm = 8 * self.rnn_hidden_dim * (self.emb_dim + self.rnn_hidden_dim)
-        return words * self.emb_dim + characters * self.char_window_size + lstm
+        """How many the tagger has at least without characters: of words, and of the BiLSTM, which reads them."""
+        return words * self.emb_dim + 8 * self.rnn_hidden_dim * (self.emb_dim + self.rnn_hidden_dim)
+
+    def parameters_of_characters(self) -> int:
+        """How many the convolution over the characters of a word has at least, with the BiLSTM, which reads it."""
+        features = self.char_embeddings_dim * self.char_cnn_filter_num
+        return features * (self.char_window_size + 8 * self.rnn_hidden_dim)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -211,6 +217,31 @@ def check_options(options: argparse.Namespace, rest: Sequence[str], program: Pat
             raise UsageError(f"--{name.replace('_', '-')}: {path.resolve().parent} is no folder to write in")
     if options.run_dir is not None and (options.run_dir / "epochs.csv").exists():
         raise UsageError(f"--run-dir: {options.run_dir} holds the results of another run")
+
+
+def check_sizes(numbers: Numbers, words: int, has_characters: bool) -> None:
+    """Refuse a new tagger that no memory holds, or that cannot read a word.
+
+    Args:
+        words: different ones in the text; has_characters: the model reads the characters of words, too.
+
+    Raises:
+        UsageError: what is wrong, in one line.
+    """
+    # A gradient for each parameter, and its momentum.
+    copies = 12
+    sizes = f"--emb-dim {numbers.emb_dim} --rnn-hidden-dim {numbers.rnn_hidden_dim}"
+    check_fits(sizes, copies * numbers.parameters(words), memory())
+    if not has_characters:
+        return
+    window, length = numbers.char_window_size, numbers.word_len
+    if window > length:
+        raise UsageError(f"--char-window-size {window}: a word has {length} characters here; --word-len N makes it N")
+    # The number of each character of a word, and its vector.
+    check_fits(f"--word-len {length}", length * (8 + 4 * numbers.char_embeddings_dim), memory())
+    named = f"--char-embeddings-dim {numbers.char_embeddings_dim} --char-cnn_filter-num {numbers.char_cnn_filter_num}"
+    sizes = f"{named} --char-window-size {window} --rnn-hidden-dim {numbers.rnn_hidden_dim}"
+    check_fits(sizes, copies * numbers.parameters_of_characters(), memory())
 
 
 def settings_of(options: argparse.Namespace) -> targer.Settings | None:
@@ -393,9 +424,11 @@ def plan(
         needed = options.batch_size if part == "train" else 1
         if count < needed:
             raise UsageError(f"{files[part]} has {count} sentences, and needs {needed} at least")
-    # A gradient for each parameter, and its momentum.
-    needed = 12 * numbers.parameters(len(ner_data.words(files.values())))
-    check_fits(f"--emb-dim {numbers.emb_dim} --rnn-hidden-dim {numbers.rnn_hidden_dim}", needed, memory())
+    if options.load is None:
+        model = host_launcher.value_of(rest, "--model") or _MODEL
+        check_sizes(numbers, len(ner_data.words(files.values())), "CNN" in model)
+        if numbers.epoch_num == 0:
+            raise UsageError("--epoch-num 0 trains nothing: it is for a saved tagger, to be evaluated: add --load FILE")
     label = settings.mode if settings else "original"
     path = options.run_dir or Path("run", f"ner_{label}_{time.strftime('%Y-%m-%d_%H-%M-%S')}")
     return Run(settings, checkout, path.resolve(), options, rest, files)

@@ -47,7 +47,7 @@ from reproduction.estimates import Estimates
 from reproduction.execution import RunError
 from reproduction.queueing import State
 from reproduction.rows import Row
-from user_input import run_app
+from typer_program import run_app
 
 from sd_plugin.errors import UsageError
 

@@ -12,20 +12,19 @@ valid values is made from them.
 
 import argparse
 import reprlib
-import sys
 import types
 import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import annotated_types
-import interruption
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError
+from typer_program import in_one_line, shortened
 
 from sd_plugin.errors import UsageError
 
-#: Longest value, and longest line, that a message shows whole.
-VALUE_LENGTH, LINE_LENGTH = 60, 600
+#: Longest value that a message shows whole.
+VALUE_LENGTH = 60
 #: Largest number that torch takes where it wants a whole one.
 INT64_MAX = 2**63 - 1
 
@@ -50,20 +49,6 @@ class _Short(reprlib.Repr):
 def shown(value: object) -> str:
     """Any value as Python writes it, short enough for a message."""
     return shortened(_Short().repr(value), VALUE_LENGTH)
-
-
-def shortened(text: str, length: int = LINE_LENGTH) -> str:
-    """``text`` with control characters written out, its middle left out if it is longer than ``length``."""
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
-    if len(text) <= length:
-        return text
-    end = length // 3
-    return f"{text[: length - end - 5]} ... {text[-end:]}"
-
-
-def in_one_line(text: str, length: int = LINE_LENGTH) -> str:
-    """A message of another program's, shortened; its lines are joined."""
-    return shortened(" ".join(text.split()), length)
 
 
 def reason_of(error: BaseException) -> str:
@@ -187,21 +172,3 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(in_one_line(message, 300))
-
-
-def run_app(app: Any, name: str) -> NoReturn:
-    """Run a typer program and exit; what typer finds wrong with a command line is told in one line."""
-    from typer.main import get_command
-
-    try:
-        status = get_command(app).main(prog_name=name, standalone_mode=False)
-    except Exception as error:
-        # Whichever classes this version of typer has for them.
-        if type(error).__name__ == "Abort":
-            print("interrupted", file=sys.stderr)
-            sys.exit(interruption.STATUS)
-        if not hasattr(error, "format_message"):
-            raise
-        print(f"error: {in_one_line(error.format_message(), 300)}", file=sys.stderr)
-        status = 2
-    sys.exit(status)

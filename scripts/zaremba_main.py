@@ -47,12 +47,14 @@ import torch
 from data_parallel import Processes, Variables, joined
 from language_model_data import Corpus, columns, read_corpus, sequences
 from machine_limits import check_fits, check_threads, memory
+from thread_limits import bound_torch
 from torch import Tensor, nn
 from training_display import EpochDisplay, perplexity
 from training_run import DivergenceError, Run, say, warn
 from training_settings import Settings, parse_changes, read_settings
 from training_state import RunFolder, fault_of
-from user_input import reason_of, run_app, shown
+from typer_program import run_app
+from user_input import reason_of, shown
 
 from sd_plugin import (
     FusedCrossEntropyLoss,
@@ -315,14 +317,17 @@ def train_and_test(
 
 def _fail(reason: BaseException | str, status: int) -> typer.Exit:
     """Print one line of what went wrong; the exit to raise."""
-    # Of several processes, which meet the same error, one says it.
-    try:
-        leads = Variables.read().RANK == 0
-    except UsageError:
-        leads = True
-    if leads:
+    if _leads():
         warn(f"error: {reason if isinstance(reason, str) else reason_of(reason)}")
     return typer.Exit(status)
+
+
+def _leads() -> bool:
+    """Of several processes, which meet the same error, one says it."""
+    try:
+        return Variables.read().RANK == 0
+    except UsageError:
+        return True
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -372,6 +377,8 @@ def main(
         if threads is not None:
             check_threads(threads)
             torch.set_num_threads(threads)
+        elif (note := bound_torch()) and _leads():
+            warn(f"note: {note}")
         with joined(device) as processes, folder.held(resume, processes.leads):
             train_and_test(settings, config.stem, folder, resume, stop, processes)
     except (UsageError, OSError) as error:

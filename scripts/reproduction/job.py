@@ -16,8 +16,11 @@ from sd_plugin.patches._checkout import Checkout
 from .results import Point
 from .rows import Row
 
-#: Variables of the user's that would change what is trained.
-_DROPPED = ("SD_PLUGIN", "SD_PLUGIN_TARGETS", "SD_PLUGIN_CASE", "SD_PLUGIN_RECURRENT_DROPOUT", "SD_PLUGIN_REPORT")
+#: Variables of the user's that would change what is trained, or by how many threads.
+_DROPPED = (
+    *("SD_PLUGIN", "SD_PLUGIN_TARGETS", "SD_PLUGIN_CASE", "SD_PLUGIN_RECURRENT_DROPOUT", "SD_PLUGIN_REPORT"),
+    "MKL_NUM_THREADS",
+)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,9 @@ def bench(
             f"{', '.join(VALID_PRECISIONS['cpu'])} alone. Default on cuda: {', '.join(DEFAULT_PRECISIONS['cuda'])}."
         ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of torch. Default: as torch chooses.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of torch. Default: as torch chooses, at most one a processor.")
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed rounds over all columns.")] = 10,
     warmup: Annotated[int, typer.Option(help="Rounds before them.")] = 2,
     json: Annotated[Path | None, typer.Option(help="Write everything here, after every workload.")] = None,
@@ -68,7 +70,7 @@ def bench(
         columns=_chosen("--columns", columns, COLUMNS),
         device=_device(device),
         precisions=_precisions(precision, device),
-        threads=torch.get_num_threads() if threads is None else _threads(threads),
+        threads=_usual_threads() if threads is None else _threads(threads),
         repeats=_at_least("--repeats", repeats, 1),
         warmup=_at_least("--warmup", warmup, 0),
         seed=_at_most("--seed", _at_least("--seed", seed, 0), 2**63 - 1),
@@ -106,6 +108,11 @@ def _at_most(option: str, value: int, most: int) -> int:
 def _threads(value: int) -> int:
     # With more than the system gives a process, OpenMP ends in a segmentation fault.
     return _at_most("--threads", _at_least("--threads", value, 1), os.cpu_count() or 1)
+
+
+def _usual_threads() -> int:
+    # Without MKL, or with MKL_DYNAMIC=false, torch takes whatever the environment asks for.
+    return min(torch.get_num_threads(), os.cpu_count() or 1)
 
 
 def _chosen(option: str, given: Sequence[str] | None, valid: Iterable[str]) -> list[str]:

@@ -58,6 +58,16 @@ def test_what_is_no_benchmark_is_told_in_a_line(tmp_path: Path, name: str) -> No
     assert line == f"{name}: {path} was not written by sd-plugin bench"
 
 
+@pytest.mark.parametrize("name", ["plot.py", "table.py", "cuda_resources.py"])
+def test_a_wrong_command_line_is_told_in_a_line(name: str) -> None:
+    if name == "plot.py":
+        pytest.importorskip("matplotlib")
+    done = program(name, "--nonsense")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and "--nonsense" in line
+
+
 def test_tables_are_markdown_and_say_they_are_tiny(tiny_run: TinyRun) -> None:
     done = program("table.py", tiny_run.path)
     assert done.returncode == 0, done.stderr

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sd_plugin import UsageError
 from sd_plugin.bench import cli, machine, runner
@@ -153,6 +155,17 @@ def test_a_result_is_not_replaced_unless_told_to(tmp_path: Path) -> None:
 
 
 QUICK = ["--scale", "tiny", "--repeats", "1", "--warmup", "0", "--no-phases", "--no-memory"]
+
+
+def test_no_more_threads_than_processors_are_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment has torch take: with very many OpenMP ends the process."""
+    measured: list[runner.Settings] = []
+    monkeypatch.setattr(cli, "measure", lambda settings, json: measured.append(settings))
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    for asked in (2, 100_000):
+        monkeypatch.setattr(torch, "get_num_threads", lambda asked=asked: asked)
+        assert cli.run(QUICK) == 0
+    assert [settings.threads for settings in measured] == [2, 3]
 
 
 def test_an_interrupted_run_keeps_what_is_finished(

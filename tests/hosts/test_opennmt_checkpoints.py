@@ -85,14 +85,19 @@ def test_options_that_an_older_host_did_not_save_have_their_defaults(runs: Runs)
     read_everywhere(runs, "old.pt")
 
 
-def refused(runs: Runs, checkpoint: str) -> list[str]:
-    """The lines with which training and translation refuse it; nothing is written."""
+def refused(runs: Runs, checkpoint: str, copied: bool = True) -> list[str]:
+    """The lines with which training and translation refuse it, and what copies one; nothing is written."""
     (runs.folder / "translated").write_text("a former translation")
     before = {path.name: path.stat().st_mtime_ns for path in runs.folder.iterdir()}
     told = []
+    copies = (
+        lambda: runs.program("average_models", "-models", "first_step_2.pt", checkpoint, "-output", "copy.pt"),
+        lambda: runs.program("release_model", "--model", checkpoint, "--output", "copy.pt"),
+    )
     for run in (
         lambda: runs.train("first", train_from=checkpoint),
         lambda: runs.program("translate", "-model", checkpoint, "-src", "text", "-output", "translated"),
+        *(copies if copied else ()),
     ):
         with pytest.raises(SystemExit) as ended:
             run()
@@ -104,8 +109,8 @@ def refused(runs: Runs, checkpoint: str) -> list[str]:
     return told
 
 
-def both(text: str) -> list[str]:
-    return [f"train_from: {text}", f"model: {text}"]
+def all_of_them(text: str) -> list[str]:
+    return [f"train_from: {text}", *[f"model: {text}"] * 3]
 
 
 @pytest.mark.skipif(not checkpoints._TORCH_IS_STRICT, reason="this torch trusts every file")
@@ -113,7 +118,7 @@ def test_what_torch_does_not_trust_is_told(runs: Runs) -> None:
     change(runs, "first_step_2.pt", "path.pt", name_a_path)
     holds = f"path.pt holds {type(Path()).__module__}.{type(Path()).__name__}"
     why = f"which torch loads from trusted files only: set {checkpoints.TRUST_VARIABLE}=1 if you trust it"
-    assert refused(runs, "path.pt") == both(f"{holds}, {why}")
+    assert refused(runs, "path.pt") == all_of_them(f"{holds}, {why}")
 
 
 def test_a_file_that_is_none_is_told(runs: Runs) -> None:
@@ -126,13 +131,14 @@ def test_a_file_that_is_none_is_told(runs: Runs) -> None:
         ("gone.pt", "no such file: gone.pt"),
         (".", ". cannot be read: Is a directory"),
     ):
-        assert refused(runs, name) == both(told)
+        assert refused(runs, name) == all_of_them(told)
 
 
 def test_one_of_a_newer_plugin_is_told(runs: Runs) -> None:
     change(runs, "first_step_2.pt", "newer.pt", lambda loaded: setattr(loaded["opt"], "sd_format", 99))
     newer = "this checkpoint was written by a newer sd-plugin (format 99, this one reads 1): pip install -U sd-plugin"
-    assert refused(runs, "newer.pt") == both(newer)
+    # To copy one needs no knowledge of its options.
+    assert refused(runs, "newer.pt", copied=False) == [f"train_from: {newer}", f"model: {newer}"]
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
@@ -142,4 +148,4 @@ def test_a_cut_file_is_called_damaged(runs: Runs, zipped: bool) -> None:
     for length in (100, len(whole) // 2, len(whole) - 1):
         (runs.folder / "cut.pt").write_bytes(whole[:length])
         end = "" if zipped else ", or was changed"
-        assert refused(runs, "cut.pt") == both(f"cut.pt is damaged: it ends too early{end}")
+        assert refused(runs, "cut.pt") == all_of_them(f"cut.pt is damaged: it ends too early{end}")

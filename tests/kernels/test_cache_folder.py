@@ -272,7 +272,63 @@ def test_no_folder_at_all_says_what_to_do(tmp_path: Path, temporary: Path, monke
     temporary.chmod(0o777)
     with pytest.raises(OSError, match=rf"others can write to {temporary}.*set SD_PLUGIN_CACHE to a folder"):
         cache_folder.made()
-    assert "Not a directory" in str(cache_folder.problem())
+    assert f"{tmp_path / 'file'} is not a folder" in str(cache_folder.problem())
+
+
+@pytest.mark.parametrize("named", ["file", "file/cache", "pipe", "round/cache", "~no-such-user/cache"])
+def test_what_is_named_and_cannot_be_a_folder_is_told_once(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], named: str
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "round").symlink_to("round")
+    monkeypatch.setenv("SD_PLUGIN_CACHE", named if named.startswith("~") else str(tmp_path / named))
+    cache_folder._tell.cache_clear()
+    for _ in range(2):
+        assert cache_folder.existing("hosts") == ([temporary / "hosts"] if temporary.exists() else [])
+        assert cache_folder.made("hosts") == temporary / "hosts"
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(REFUSED) and line.endswith("; set SD_PLUGIN_CACHE to a folder that only you can write to")
+    culprit, reason = {
+        "file": (tmp_path / "file", " is not a folder"),
+        "file/cache": (tmp_path / "file", " is not a folder"),
+        "pipe": (tmp_path / "pipe", " is not a folder"),
+        "round/cache": (tmp_path / "round", ": Too many levels of symbolic links"),
+        "~no-such-user/cache": (f"SD_PLUGIN_CACHE={named}", ": there is no such home"),
+    }[named]
+    assert f"{culprit}{reason};" in line
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_made_is_told_where_it_was_asked_for(
+    tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make = os.mkdir
+
+    def read_only(path: str, *arguments: object, **options: object) -> None:
+        if path in ("cache", "hosts", "sd-plugin"):
+            raise OSError(30, "Read-only file system", path)
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    temporary.mkdir(mode=0o700)
+    cache_folder._tell.cache_clear()
+    with cache_folder.opened(temporary):
+        pass
+    with pytest.raises(OSError, match="there is no cache folder"):
+        cache_folder.made("hosts")
+    told = f"{tmp_path / 'cache'}: Read-only file system; set SD_PLUGIN_CACHE to a folder that only you can write to"
+    assert capfd.readouterr().err == f"{REFUSED}{told}\n"
+    # One that is there, but for a sub-folder, may be read; and nobody asked for the usual one.
+    make(tmp_path / "cache", 0o700)
+    with pytest.raises(OSError, match="there is no cache folder"):
+        cache_folder.made("hosts")
+    monkeypatch.delenv("SD_PLUGIN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder.made() == temporary
+    (tmp_path / "sd-plugin").touch()
+    assert cache_folder.made() == temporary
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_that_cannot_be_made_is_a_problem_where_it_was_asked_for(

@@ -327,6 +327,7 @@ def refused(*arguments: object, cwd: Path, **changes: str) -> str:
         (["--dropouth", "1"], "--dropouth must be a finite number of at least 0 and below 1, got '1'"),
         (["--wdrop", "nan"], "--wdrop must be a finite number from 0 to 1, got 'nan'"),
         (["--seed", "-1"], "--seed must be a whole number from 0 to 2**32 - 1, got '-1'"),
+        (["--clip=-1"], "--clip must be a finite number of at least 0, got '-1'"),
         (["--log-interval=0"], "--log-interval must be a whole number from 1 to 2**63 - 1, got '0'"),
         (["--optimizer=none"], "--optimizer must be one of sgd, adam, got 'none'"),
         (["--lr"], "argument --lr: expected one argument"),

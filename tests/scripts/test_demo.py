@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,21 @@ def test_stock_run_keeps_the_plugin_out(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("SD_PLUGIN", "nr_st")
     assert demo.environment(stock=True)["SD_PLUGIN"] == "0"
     assert demo.environment(stock=False)["SD_PLUGIN"] == "nr_st"
+
+
+def test_its_programs_have_no_more_threads_than_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "100000")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert demo.environment(stock=True)["OMP_NUM_THREADS"] == "3"
+
+
+@pytest.mark.parametrize(("arguments", "culprit"), [(["--nonsense"], "--nonsense"), (["--min-bleu=x"], "--min-bleu")])
+def test_a_wrong_command_line_is_told_in_a_line(arguments: list[str], culprit: str) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and culprit in line
 
 
 @pytest.mark.parametrize("module", ["typer", "rich", "yaml"])

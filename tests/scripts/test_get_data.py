@@ -92,6 +92,21 @@ class TestUse:
         assert f"--from {tmp_path / 'nowhere'}: no such file or folder" in line
         assert not get_data.out.exists()
 
+    @pytest.mark.parametrize(
+        ("arguments", "culprit"),
+        [
+            ((), "NAME"),
+            (("demo", "--nonsense"), "--nonsense"),
+            (("demo", "--size", "many"), "--size"),
+            (("demo", "--sentencepiece", 0), "--sentencepiece"),
+            (("demo", "ptb"), "ptb"),
+        ],
+    )
+    def test_a_wrong_command_line_is_told_in_a_line(self, get_data, arguments: tuple, culprit: str) -> None:
+        line = get_data.fails(*arguments, status=2)
+        assert line.startswith("error: ") and culprit in line
+        assert not get_data.out.exists()
+
     @pytest.mark.parametrize("name", ["ptb", "demo"])
     def test_out_is_a_file(self, get_data, name: str) -> None:
         get_data.out.write_text("")
@@ -139,6 +154,10 @@ class TestNotInstalled:
     def test_what_every_use_needs_is_said_in_a_line(self, get_data, without, module: str) -> None:
         line = get_data.fails("list", status=2, env=without(module))
         assert line == "get_data.py needs typer and rich: pip install '.[demo]'"
+
+    def test_a_wrong_command_line_without_this_package_and_pydantic(self, get_data, without) -> None:
+        line = get_data.fails("demo", "--nonsense", status=2, env=without("sd_plugin", "pydantic", "torch"))
+        assert line.startswith("error: ") and "--nonsense" in line
 
     def test_reason_for_skipping_says_how_to_run(self, archive_of, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setenv("SD_PLUGIN_TEST_DATA", str(tmp_path))

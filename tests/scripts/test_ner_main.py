@@ -410,6 +410,30 @@ def test_damaged_model_is_one_line(launch: Launch, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "here") == ["model"]
 
 
+def test_what_the_model_does_not_read_need_not_fit(
+    checkout: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models without characters take no notice of their sizes, nor does a saved tagger, which has its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ner_main.shutil, "which", lambda name: f"/bin/{name}")
+    (tmp_path / "model").touch()
+    wide = ["--char-window-size=100000", f"--data={data}"]
+    for arguments in ([*wide, "--model=BiRNNCRF"], [*wide, "--load=model"]):
+        options, rest = ner_main.parser().parse_known_args(arguments)
+        assert ner_main.plan(options, ner_main.read_numbers(options, rest), rest, None, checkout).files
+    options, rest = ner_main.parser().parse_known_args([*wide, "--model=BiRNNCNN"])
+    with pytest.raises(UsageError, match="--char-window-size 100000: a word has 20 characters"):
+        ner_main.plan(options, ner_main.read_numbers(options, rest), rest, None, checkout)
+
+
+def test_more_threads_than_processors_are_not_used(launch: Launch, tmp_path: Path) -> None:
+    """With so many OpenMP would end the process; MKL, where torch has it, bounds them unless told otherwise."""
+    done = launch("--epoch-num=1", "--run-dir=made", OMP_NUM_THREADS="100000", MKL_DYNAMIC="FALSE")
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "here" / "made")[1]["threads"] == os.cpu_count()
+    assert "note: OMP_NUM_THREADS asked for 100,000 threads, and this machine has " in done.stderr
+
+
 def test_dry_run_tells_and_writes_nothing(launch: Launch, tmp_path: Path, checkout: Path) -> None:
     before = contents(checkout)
     done = launch("--sd=nr_st", "--sd-dry-run")
@@ -503,6 +527,19 @@ def fails(done: subprocess.CompletedProcess[str]) -> str:
         ),
         (["--seed-num=-1"], r"--seed-num must be a whole number from 0 to 2\*\*32 - 1, got '-1'"),
         (["-e-1"], r"--epoch-num must be a whole number from 0 to 2\*\*63 - 1, got '-1'"),
+        (["--epoch-num=0"], "--epoch-num 0 trains nothing: it is for a saved tagger, to be evaluated: add --load FILE"),
+        (["--min-epoch-num=-4"], r"--min-epoch-num must be a whole number from 0 to 2\*\*63 - 1, got '-4'"),
+        (["-p", "-1"], r"--patience must be a whole number from 0 to 2\*\*63 - 1, got '-1'"),
+        (["--gpu=-2"], r"--gpu must be a whole number from -1 to 2\*\*63 - 1, got '-2'"),
+        (["--lr-decay=-0.1"], "--lr-decay must be a finite number of at least 0, got '-0.1'"),
+        (["--momentum=1"], "--momentum must be a finite number of at least 0 and below 1, got '1'"),
+        (["--char-window-size=100000"], "--char-window-size 100000: a word has 20 characters here; --word-len N makes"),
+        (["--word-len=2"], "--char-window-size 3: a word has 2 characters here; --word-len N makes it N"),
+        (["--word-len=1000000000000"], "--word-len 1000000000000 needs .* GiB, and this machine has"),
+        (
+            ["--char-cnn_filter-num=1000000000000"],
+            "--char-embeddings-dim 25 --char-cnn_filter-num 1000000000000 --char-window-size 3 --rnn-hidden-dim",
+        ),
         (["--dropout-ratio=nan"], "--dropout-ratio must be a finite number of at least 0 and below 1, got 'nan'"),
         (["--sd", "--sd-recurrent-dropout=x"], "--sd-recurrent-dropout must be a finite number .*, got 'x'"),
         (["--batch-size"], "argument --batch-size/-b: expected one argument"),

@@ -31,12 +31,12 @@ from reproduction.queueing import State
 from reproduction.systems import SYSTEMS
 from typer.testing import CliRunner, Result
 
+from ..patience import PATIENCE
+
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS = ROOT.parent / "hosts"
 #: Of the tiny rows, and of the shortened run.
 EPOCHS, LENGTH = 20, 16
-#: Seconds in which a loaded machine does what is waited for.
-PATIENCE = 300.0
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs are held by signals of Linux")
 

@@ -296,6 +296,14 @@ def test_the_baseline_is_dense_unless_stock_is_asked_for(tmp_path: Path) -> None
     assert system.step(replace(dense, stock=True), "train").command[1].endswith("scripts/zaremba_main.py")
 
 
+def test_a_run_has_the_threads_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has MKL, that variable of its own overrules OpenMP's."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MKL_NUM_THREADS", "5")
+    variables = job_of("table1/medium/nr_rh_st", tmp_path, threads=3).environment()
+    assert variables["OMP_NUM_THREADS"] == "3" and "MKL_NUM_THREADS" not in variables
+
+
 def test_targer_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     system, job = SYSTEMS["targer"], job_of("table3/ner/random", tmp_path, length=3)
     monkeypatch.setattr(sys.modules["reproduction.systems.targer"], "locate", lambda checkout: tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,10 @@ import awd_main
 import machine_limits
 import ner_main
 import plain_yaml
+import thread_limits
+import torch
 import training_settings
+import typer_program
 import user_input
 import zaremba_main
 from host_launcher import checked_options
@@ -228,7 +232,7 @@ def test_a_program_that_is_interrupted_while_it_imports_says_so_in_a_line(tmp_pa
     """In place of what takes seconds there are modules that take a minute."""
     for name in ("pydantic", "typer"):
         (tmp_path / f"{name}.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
-    for script in ("zaremba_main", "ner_main", "awd_main", "demo") if signals == 1 else ("zaremba_main",):
+    for script in ("zaremba_main", "ner_main", "awd_main", "demo", "get_data") if signals == 1 else ("zaremba_main",):
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"],
             env={"PYTHONPATH": str(tmp_path), "PYTHONHASHSEED": "0", "SD_PLUGIN": "0"},
@@ -253,7 +257,7 @@ def test_wrong_command_line_is_told_in_a_line(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["zaremba_main.py", str(MEDIUM), *arguments])
     with pytest.raises(SystemExit) as caught:
-        user_input.run_app(zaremba_main.app, "zaremba_main.py")
+        typer_program.run_app(zaremba_main.app, "zaremba_main.py")
     out, err = capsys.readouterr()
     assert (caught.value.code, out) == (2, "")
     (line,) = err.splitlines()
@@ -264,7 +268,7 @@ def test_wrong_command_line_is_told_in_a_line(
 def test_help_is_no_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["zaremba_main.py", "--help"])
     with pytest.raises(SystemExit) as caught:
-        user_input.run_app(zaremba_main.app, "zaremba_main.py")
+        typer_program.run_app(zaremba_main.app, "zaremba_main.py")
     assert caught.value.code in (0, None)
     assert "--resume" in capsys.readouterr().out
 
@@ -292,6 +296,36 @@ def test_memory_is_that_of_the_machine_or_less(tmp_path: Path, monkeypatch: pyte
     assert unlimited >= whole
     monkeypatch.setattr(machine_limits.resource, "getrlimit", lambda _: (12345, 12345))
     assert machine_limits.memory() == 12345
+
+
+@pytest.mark.parametrize("value", ["5", " +5 ", "0005", "100000", "1" * 5000, "100000,2"])
+@pytest.mark.parametrize("name", thread_limits.VARIABLES)
+def test_an_environment_that_asks_for_too_many_threads_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert thread_limits.bounded({name: value, "OTHER": "9"}) == {name: "4"}
+
+
+@pytest.mark.parametrize("value", ["", "4", "1", "0", "-9", "many", "²", "4,9"])
+def test_an_environment_that_does_not_is_left_alone(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert thread_limits.bounded(dict.fromkeys(thread_limits.VARIABLES, value)) == {}
+
+
+def test_torch_is_bounded_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.setattr(os, "cpu_count", lambda: 3)
+        assert thread_limits.bound_torch() is None and torch.get_num_threads() == 3
+        monkeypatch.setattr(os, "cpu_count", lambda: 2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "3")
+        monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+        note = "OMP_NUM_THREADS asked for 3 threads, and this machine has 2 processors: 2 threads are used"
+        assert thread_limits.bound_torch() == note and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_does_not_fit_is_refused_with_both_figures() -> None:

@@ -445,6 +445,17 @@ class TestProcesses:
         assert not (shared / "odd").exists()
 
 
+def test_more_threads_than_processors_are_not_used(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    """With so many OpenMP would end the process; MKL, where torch has it, bounds them unless told otherwise."""
+    command = [sys.executable, str(SCRIPT), *arguments(tmp_path / "run", "--epochs", 1)]
+    asked = environment(OMP_NUM_THREADS="100000", MKL_DYNAMIC="FALSE")
+    done = subprocess.run(command, env=asked, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"; cpu, {os.cpu_count()} threads" in done.stdout
+    told = f"this machine has {os.cpu_count()} processors: {os.cpu_count()} threads are used"
+    assert f"note: OMP_NUM_THREADS asked for 100,000 threads, and {told}\n" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------- curves
 
 
@@ -479,6 +490,24 @@ class TestCurves:
         assert done.stderr.startswith("learning_curves.py: --out ")
         assert done.stderr.endswith(f"curves.svg: there is no folder {tmp_path / 'new' / 'folder'}\n")
         assert os.listdir(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("given", "culprit"), [(["x.csv"], "--out"), (["--out", "x.png"], "LOG.csv"), (["--nonsense"], "--nonsense")]
+    )
+    def test_a_wrong_command_line_is_told_in_a_line(self, given: list[str], culprit: str) -> None:
+        done = self.draw(*given)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: ") and culprit in line
+
+    def test_what_a_killed_run_left_is_removed_by_the_next_one(self, whole, tmp_path: Path) -> None:
+        program = "import sys; from sd_plugin.kernels import leftovers; print(leftovers.partial(sys.argv[1]))"
+        command = [sys.executable, "-c", program, str(tmp_path / ".curves.png")]
+        left = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+        left.write_text("half of a figure")
+        done = self.draw(whole("nr_st") / "log.csv", "--out", tmp_path / "curves.png")
+        assert done.returncode == 0, done.stderr
+        assert os.listdir(tmp_path) == ["curves.png"]
 
     @pytest.mark.parametrize(
         ("content", "reason"), [("a,b\n1,2\n", "it has no column 'name'"), ("name,mode\n", "it has no rows")]

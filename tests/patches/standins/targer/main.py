@@ -20,6 +20,11 @@ if __name__ == "__main__":
     parser.add_argument("--rnn-type", default="LSTM")
     for name, default in (("--gpu", 0), ("--batch-size", 10), ("--emb-dim", 100), ("--seed-num", 42)):
         parser.add_argument(name, type=int, default=default)
+    # Of the host's own model, which is none of this one's.
+    parser.add_argument("--model", default="BiRNNCNNCRF")
+    parser.add_argument("--char-window-size", type=int, default=3)
+    parser.add_argument("--char-cnn_filter-num", type=int, default=30)
+    parser.add_argument("--word-len", type=int, default=20)
     parser.add_argument("--epoch-num", "-e", type=int, default=100)
     parser.add_argument("--dropout-ratio", type=float, default=0.5)
     args = parser.parse_args()
