@@ -19,10 +19,12 @@ from .patience import PATIENCE
 IMPORTED = ("numpy", "torch", "torch._dynamo", "torch.optim", "pydantic", "rich.console", "typer", "yaml")
 
 _SERVER = """
-import contextlib, importlib, json, os, runpy, signal, sys
+import contextlib, gc, importlib, json, os, runpy, signal, sys
 for name in sys.argv[1:]:
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
+# What is there already is not looked through again in every fork, above all as it ends.
+gc.freeze()
 for line in sys.stdin:
     task = json.loads(line)
     if os.fork() == 0:

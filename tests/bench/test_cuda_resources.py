@@ -119,6 +119,7 @@ def test_floors_by_hand() -> None:
     assert backward["memory"] == 1500 * 20 * (16 + 4 + 4 + 16)
 
 
+@pytest.mark.exhaustive
 def test_a_document_that_is_out_of_date_is_told(files: tuple[Path, Path]) -> None:
     file, document = files
     text = document.read_text(encoding="utf-8")

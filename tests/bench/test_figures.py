@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ..more import more
 from ..patience import PATIENCE
 from .bench_program import TinyRun
 
@@ -21,7 +22,7 @@ def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT.parent)
 
 
-@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml")])
+@pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), *more(("svg", b"<?xml"))])
 def test_figures_of_steps_and_sweeps(tiny_run: TinyRun, tmp_path: Path, kind: str, start: bytes) -> None:
     pytest.importorskip("matplotlib")
     done = program("plot.py", tiny_run.path, "--out", tmp_path / "figures", "--format", kind)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from ..more import more
 from ..patience import PATIENCE
 
 pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
@@ -160,7 +161,7 @@ def test_resume_average_translate_release(trained: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["onmt", "sd_plugin.opennmt", "sd_plugin.opennmt.decoder", "sd_plugin.opennmt.to_stock"]
+    "first", ["sd_plugin.opennmt.decoder", *more("onmt", "sd_plugin.opennmt", "sd_plugin.opennmt.to_stock")]
 )
 def test_any_import_order_registers_the_types(first: str, tmp_path: Path) -> None:
     code = f"import {first}; from onmt.encoders import str2enc; from onmt.decoders import str2dec; "

@@ -26,6 +26,7 @@ import torch
 from sd_plugin.kernels.cpu import build, library, toolchain
 from sd_plugin.kernels.cpu.toolchain import BuildError, Target
 
+from ..more import more
 from ..patience import PATIENCE
 
 STAND_IN = """
@@ -220,7 +221,7 @@ def test_a_lock_that_is_never_given_back_does_not_stop_it(
         assert build.build(stand_in).library.sd_answer() == 42
 
 
-@pytest.mark.parametrize("damage", ["garbage", "empty", "short"])
+@pytest.mark.parametrize("damage", ["garbage", *more("empty", "short")])
 def test_a_damaged_library_is_built_again(stand_in: Path, compiler: Compiler, tmp_path: Path, damage: str) -> None:
     library = build.build(stand_in).path
     whole = library.read_bytes()

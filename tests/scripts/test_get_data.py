@@ -18,6 +18,8 @@ from pathlib import Path
 import pytest
 from corpora import CORPORA, NAMES
 
+from ..more import more
+
 
 def contents(folder: Path) -> dict[str, str]:
     """Digest of every file in a folder."""
@@ -342,7 +344,7 @@ class TestLinks:
     def _num2words(self) -> None:
         pytest.importorskip("num2words")
 
-    @pytest.mark.parametrize("place", ["demo", ".demo.staging", ".demo.replaced"])
+    @pytest.mark.parametrize("place", ["demo", *more(".demo.staging", ".demo.replaced")])
     @pytest.mark.parametrize("dangling", [False, True])
     def test_a_link_is_replaced(self, get_data, tmp_path: Path, place: str, dangling: bool) -> None:
         target = tmp_path / "target"

@@ -92,6 +92,7 @@ def test_a_result_is_not_replaced_unless_told_to(tmp_path: Path, capsys: pytest.
     assert "exists; --force replaces it" in capsys.readouterr().err and file.read_text() == "precious"
 
 
+@pytest.mark.exhaustive
 def test_a_section_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     file, tables = tmp_path / "a.json", tmp_path / "a.md"
     done = program(

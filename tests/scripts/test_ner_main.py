@@ -428,7 +428,7 @@ def test_what_the_model_does_not_read_need_not_fit(
 
 def test_more_threads_than_processors_are_not_used(launch: Launch, tmp_path: Path) -> None:
     """With so many OpenMP would end the process; MKL, where torch has it, bounds them unless told otherwise."""
-    done = launch("--epoch-num=1", "--run-dir=made", OMP_NUM_THREADS="100000", MKL_DYNAMIC="FALSE")
+    done = launch("--epoch-num=1", "--run-dir=made", started=True, OMP_NUM_THREADS="100000", MKL_DYNAMIC="FALSE")
     assert done.returncode == 0, done.stderr
     assert results(tmp_path / "here" / "made")[1]["threads"] == os.cpu_count()
     assert "note: OMP_NUM_THREADS asked for 100,000 threads, and this machine has " in done.stderr
