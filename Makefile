@@ -48,8 +48,9 @@ test: $(STAMP)  ## Run the tests (PYTEST_ARGS='-k name' selects some)
 	for status in $$kernels $$rest; do test $$status -eq 0 -o $$status -eq 5 || exit $$status; done
 	test $$kernels -eq 0 -o $$rest -eq 0
 
-# For whoever changes kernels or what tests them.
-exhaustive: $(STAMP)  ## Run what "make test" leaves out: every mutant, CUDA instantiation and sanitized build
+# Kernels that were changed on purpose, compiled in every way, or watched by sanitizers; and of other tests the cases that
+# show on more examples what the first ones show.
+exhaustive: $(STAMP)  ## Run what "make test" leaves out: mutants, every build of the kernels, further cases
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(SPREAD) -m exhaustive $(PYTEST_ARGS)
 
 # mypy knows neither the package mapping nor the import hook of an editable install, so it sees the sources
