@@ -367,14 +367,17 @@ def test_nr_st_drops_the_weights_that_the_host_drops(host: SimpleNamespace, vari
 
 
 def test_the_recurrent_weight_itself_is_not_dropped_in_nr_rh_st(host: SimpleNamespace) -> None:
-    """Dropped weights would be zeros here and there; dropped units leave them in all four gates, or in none."""
+    """Dropped weights would be zeros here and there; dropped units leave them in the gates i, f and g, or in none.
+
+    The gate o has more of them: at a step where a unit's output is dropped, all the same its cell goes on.
+    """
     dropped = step(host, build(host))["gradient rnns.0.module.weight_hh_l0_raw"]
     assert (dropped == 0).float().mean() > 0.3
-    gates = (dropped == 0).view(4, -1, dropped.shape[1])
+    gates = (dropped == 0).view(4, -1, dropped.shape[1])[:3]
     assert not (gates.all(0) | ~gates.any(0)).all()
     enable("awd_lstm", mode="nr_rh_st")
     zeros = step(host, build(host))["gradient rnns.0.module.weight_hh_l0_raw"] == 0
-    gates = zeros.view(4, -1, zeros.shape[1])
+    gates = zeros.view(4, -1, zeros.shape[1])[:3]
     assert (gates.all(0) | ~gates.any(0)).all()
     assert zeros.float().mean() < 0.3
 
