@@ -28,6 +28,7 @@ from sd_plugin import UsageError, hints, stats
 from sd_plugin.patches import registry
 
 from ..more import more
+from ..stock import require_lstm
 from ..tolerances import assert_close
 
 HOST = registry()["torch_nn"]
@@ -283,6 +284,7 @@ def test_bernoulli_sampling_keeps_more_or_less() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_lstm_and_projection_compute_what_torch_does_with_the_dropped_tensor(dtype: torch.dtype) -> None:
+    require_lstm(dtype)
     lstm, linear = nn.LSTM(24, 24).to(dtype), nn.Linear(24, 7).to(dtype)
     x = torch.randn(5, 3, 24, dtype=dtype)
     sd_plugin.enable("torch_nn", mode="nr_st")
