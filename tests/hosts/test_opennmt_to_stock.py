@@ -222,7 +222,7 @@ def test_it_needs_no_opennmt_and_a_full_disk_loses_nothing(folder: Path) -> None
     before = contents(folder)
     assert len(before["model.pt"]) > 70_000
     command = [sys.executable, "-W", "ignore", "-c", IN_A_BARE_PROCESS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "usage: sd-plugin to-stock" in done.stdout
     assert "StructuredRNNEncoder needs OpenNMT-py: No module named 'onmt'" in done.stdout

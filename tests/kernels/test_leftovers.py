@@ -12,6 +12,8 @@ import pytest
 
 from sd_plugin.kernels import leftovers
 
+from ..patience import PATIENCE
+
 
 @pytest.fixture
 def gone() -> int:
@@ -78,7 +80,7 @@ def test_two_may_clean_up_at_once(tmp_path: Path, gone: int) -> None:
     for cleaner in cleaners:
         cleaner.start()
     for cleaner in cleaners:
-        cleaner.join(60)
+        cleaner.join(PATIENCE)
         assert cleaner.exitcode == 0
     leftovers.remove(tmp_path, ".made-*")
     assert list(tmp_path.iterdir()) == []

@@ -11,6 +11,8 @@ import pytest
 
 from sd_plugin.patches._host_files import AtomicWriter
 
+from ..patience import PATIENCE
+
 
 def save(path: Path, content: bytes, killed: bool = False) -> None:
     with AtomicWriter(path) as file:
@@ -60,11 +62,11 @@ def test_a_save_under_way_is_let_alone(tmp_path: Path) -> None:
 
     process = context.Process(target=slowly)
     process.start()
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE)
     save(tmp_path / "model.pt", b"fast")
     assert (tmp_path / "model.pt").read_bytes() == b"fast"
     go_on.set()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0
     assert (tmp_path / "model.pt").read_bytes() == b"slow"
     assert os.listdir(tmp_path) == ["model.pt"]

@@ -10,6 +10,7 @@ import pytest
 
 from sd_plugin._environment import MODES
 
+from ..patience import PATIENCE
 from .conftest import clean_environ
 
 ALIVE = "print('alive')"
@@ -130,7 +131,7 @@ def test_the_users_interrupt_ends_python_as_without_the_plugin(installed, bare, 
         with subprocess.Popen(command, env=clean_environ(), **pipes, **restored) as process:
             assert process.stdout.readline() == "begun\n"
             process.send_signal(signal.SIGINT)
-            out, told = process.communicate(timeout=60)
+            out, told = process.communicate(timeout=PATIENCE)
         assert "alive" not in out
         ends.append((process.returncode, told.splitlines()[-1]))
     assert ends[0] == ends[1]
