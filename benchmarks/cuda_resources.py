@@ -33,7 +33,7 @@ from cuda_tables import TABLES, Measured, measurements, updated
 from cuda_work import launched, unit_of
 
 from sd_plugin.errors import UsageError
-from sd_plugin.kernels.cuda import sources
+from sd_plugin.kernels.cuda import sources, thread_locale
 from sd_plugin.kernels.cuda.driver import Unit
 
 # One line for what is wrong with a command line, as the programs in scripts/ have it.
@@ -111,7 +111,8 @@ def compile_unit(unit: Unit, architecture: int) -> tuple[dict[str, Resources], i
     options = [option.encode() for option in asked]
     library.nvrtcCreateProgram(ctypes.byref(program), source, f"{unit.source}.cu".encode(), 0, None, None)
     try:
-        status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+        with thread_locale.kept():
+            status = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         size = ctypes.c_size_t()
         library.nvrtcGetProgramLogSize(program, ctypes.byref(size))
         log = ctypes.create_string_buffer(size.value)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar, cast
 import torch
 
 from ..storage import address
-from . import sources
+from . import sources, thread_locale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -155,7 +155,8 @@ class CuPyDriver:
     def _function(self, unit: Unit, name: str, index: int) -> _Function:
         """Compiled, or read from CuPy's cache, at first use on each device."""
         _ensure_context(index)
-        function = _Function(_module(unit).get_function(name))
+        with thread_locale.kept():
+            function = _Function(_module(unit).get_function(name))
         self._functions[unit, name, index] = function
         return function
 

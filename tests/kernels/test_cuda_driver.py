@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import locale
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -241,6 +242,31 @@ def test_what_is_used_of_cupy_is_there() -> None:
         assert callable(getattr(cupy.cuda.runtime, name))
     kernel = cupy.RawModule(code=sources.read("cell"), options=Unit("cell").options(), backend="nvrtc")
     assert hasattr(type(kernel), "get_function")
+
+
+def test_a_compiler_that_changes_the_locale_leaves_the_encoding_of_text_alone(
+    gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NVRTC 12.1 does."""
+    libc = ctypes.CDLL(None)
+    libc.newlocale.restype = libc.uselocale.restype = ctypes.c_void_p
+    libc.newlocale.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p]
+    libc.uselocale.argtypes = [ctypes.c_void_p]
+    before = libc.uselocale(None)
+    every_category = (1 << locale.LC_CTYPE) | (1 << locale.LC_NUMERIC)
+    other = libc.newlocale(every_category, b"C", None)
+    module = gpu.module
+
+    def compiled(*told: object) -> object:
+        libc.uselocale(other)
+        return module(*told)
+
+    monkeypatch.setattr(gpu, "module", compiled)
+    try:
+        assert CuPyDriver().reason_unavailable() is None
+        assert libc.uselocale(None) == before
+    finally:
+        libc.uselocale(before)
 
 
 def test_status_asks_the_driver(gpu: FakeGPU, monkeypatch: pytest.MonkeyPatch) -> None:

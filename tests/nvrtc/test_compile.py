@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import re
 import sys
 from pathlib import Path
@@ -53,6 +54,12 @@ def compile_and_check(compiled: list[Unit], architecture: int) -> None:
         for name, needs in found.items():
             assert needs.spills == 0, f"{name} of {unit} spills {needs.spills} bytes on sm_{architecture}"
             assert needs.stack == 0, f"{name} of {unit} has {needs.stack} bytes of local memory on sm_{architecture}"
+
+
+def test_to_compile_leaves_the_encoding_of_text_alone() -> None:
+    before = locale.nl_langinfo(locale.CODESET)
+    cuda_resources.compile_unit(Unit("pattern"), cuda_resources.ARCHITECTURES[0])
+    assert locale.nl_langinfo(locale.CODESET) == before
 
 
 def test_a_unit_is_listed_once_and_every_source_is() -> None:
