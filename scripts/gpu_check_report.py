@@ -196,12 +196,14 @@ def table(heading: list[str], rows: list[list[Any]]) -> str:
 def _layers(parts: Mapping[str, Any]) -> list[list[Any]]:
     """Rows of the table of LSTM layers: every shape and precision, forward and both ways."""
     ways = ("stock nn.LSTM", "our layer, auto, dense", "our layer, auto, skipping")
-    found = {way: parts.get(way, {}) for way in ways}
-    names = dict.fromkeys(name for way in found.values() for name in way if " " in name)
+    # What could not be measured has a sentence instead of times.
+    measured = {
+        way: {name: times for name, times in parts.get(way, {}).items() if isinstance(times, Mapping)} for way in ways
+    }
+    names = dict.fromkeys(name for times in measured.values() for name in times if " " in name)
     return [
-        [name, *(found[way].get(name, {}).get(key, "-") for key in ("forward", "both") for way in ways)]
+        [name, *(measured[way].get(name, {}).get(key, "-") for key in ("forward", "both") for way in ways)]
         for name in names
-        if any(isinstance(way.get(name), Mapping) for way in found.values())
     ]
 
 

@@ -123,7 +123,12 @@ def test_a_section_that_fails_does_not_stop_the_others(
         "device": {"backend": {"name": "x"}},
         "correctness": RuntimeError("it went wrong\nin many lines"),
         "sanitizer": {"memcheck": {"skipped": "it is not on PATH"}},
-        "micro": {"launch": {"error": "no luck"}, "host": {"a": 1.0}},
+        "micro": {
+            "launch": {"error": "no luck"},
+            "host": {"a": 1.0},
+            "stock nn.LSTM": {"small fp16": "RuntimeError: torch has none"},
+            "our layer, auto, skipping": {"small fp16": {"forward": 1.5, "both": 4.5}},
+        },
         "steps": {
             "targets": {"ner": {"target": 1.39, "met": "not measured"}},
             "medians, tf32": {"failed": ["ner: no"]},
@@ -152,6 +157,7 @@ def test_a_section_that_fails_does_not_stop_the_others(
     text = (tmp_path / "a.md").read_text()
     assert "**Failed:** correctness; micro / launch" in text and "Skipped: sanitizer / memcheck" in text
     assert "| ner | - | - | 1.39 | not measured |" in text
+    assert "| small fp16 | - | - | 1.5 | - | - | 4.5 |" in text
 
 
 def test_sections_that_no_time_is_left_for_are_skipped_and_say_so(
