@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,20 @@ class Kept:
             offset += part.size
         joined = torch.cat(columns, 1)
         return cls(joined.sort(1).values if padded else joined, total, 1.0, padded)
+
+    @classmethod
+    def in_time(cls, parts: list[Kept]) -> Kept:
+        """Kept units of tensors that follow each other in time.
+
+        Raises:
+            ValueError: the parts differ in size or scale.
+        """
+        if len({(part.size, part.scale) for part in parts}) != 1:
+            raise ValueError(f"parts differ in size or scale: {[(part.size, part.scale) for part in parts]}")
+        first, width = parts[0], max(part.width for part in parts)
+        padded = any(part.padded or part.width < width for part in parts)
+        rows = [pad(part.indices, (0, width - part.width), value=part.size) for part in parts]
+        return cls(torch.cat(rows), first.size, first.scale, padded)
 
     @property
     def steps(self) -> int:

@@ -287,12 +287,16 @@ def lstm_forward(
 
 
 class Wanted(NamedTuple):
-    """Which gradients of a layer are worth computing; those of the initial state always are."""
+    """Which gradients of a layer are worth computing; those of the initial state always are.
+
+    Those of the gates are for whoever makes one product for the weights' gradients of several calls.
+    """
 
     x: bool = True
     weight_ih: bool = True
     weight_hh: bool = True
     bias: bool = True
+    gates: bool = False
 
 
 class LSTMGradients(NamedTuple):
@@ -304,6 +308,7 @@ class LSTMGradients(NamedTuple):
     weight_ih: Tensor | None
     weight_hh: Tensor | None
     bias: Tensor | None
+    gates: Tensor | None  #: ``[T, B, 4H]`` (or as ``steps`` says), of the pre-activations of i, f, g, o
 
 
 def lstm_backward(

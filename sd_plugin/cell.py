@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from . import hints
+from . import _report, hints
 from .dropout import StructuredDropout
-from .functional import LayerCall, Operand, lstm_layer, pack_parameters
+from .functional import Operand
 from .hints import Draw, Part
-from .kernels import TIME_MAJOR, Kept, Steps
+from .kernels import Kept, Steps
 from .lstm import check_mode, with_dropout_mode
 from .patterns import Case, check_probability, check_sampling, draw
+from .stepped import SteppedLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .kernels import PackedWeights
-
 State = tuple["Tensor", "Tensor"]
+
+#: By device type, the multiply-adds of one step from which it pays to skip: to start a step's products by themselves
+#: costs as much as this many take. On other devices it never does: a GPU is done with a step before Python has
+#: started it.
+PAYS_FROM = {"cpu": 96_000_000}
+
+
+def pays(multiply_adds: int, device: torch.device) -> bool:
+    """Products of one step are large enough for skipping to gain more than it costs."""
+    return multiply_adds >= PAYS_FROM.get(device.type, math.inf)
 
 
 class StackedStructuredLSTM(nn.Module):
@@ -132,21 +142,32 @@ def _opennmt_stack() -> Any:
 
 
 class StackedRun:
-    """One training pass of a :class:`StackedStructuredLSTM` over a sequence, a step at a time."""
+    """One training pass of a :class:`StackedStructuredLSTM` over a sequence, a step at a time.
+
+    Attributes:
+        parameters: ``weight_ih``, ``weight_hh``, ``bias_ih`` and ``bias_hh`` of each layer, an ``nn.LSTMCell``.
+        skips: its steps' products skip what is dropped. False where that does not pay (:func:`pays`) and for random
+            dropout: torch's own cells then multiply what is dropped as everything else.
+    """
 
     def __init__(self, stack: StackedStructuredLSTM, steps: int, batch: int, like: Tensor) -> None:
         self._stack = stack
         self._draw_args = (steps, batch, stack.hidden_size)
         self._draw_kwargs = {"sampling": stack.sampling, "device": like.device, "dtype": like.dtype}
-        #: of each layer, as ``nn.LSTMCell`` names them: ``weight_ih``, ``weight_hh``, ``bias_ih``, ``bias_hh``
         self.parameters = [_parameters_of(cell) for cell in stack.layers]
-        self._packed: list[PackedWeights] = []
-        self._recurrent = [self._draw(stack.recurrent_dropout) for _ in stack.layers]
-        self._between = [SteppedDropout(self._draw(stack.dropout.p), stack.dropout.site) for _ in stack.layers[1:]]
-        self._output = SteppedDropout(self._draw(stack.output_dropout), f"{stack.site}.output")
+        weights = sum(weight.numel() for parameters in self.parameters for weight in parameters[:2])
+        self.skips = stack.dropout_mode != "random" and pays(batch * weights, like.device)
+        self._layers: list[SteppedLayer] = []
+        site = stack.site
+        self._recurrent = [
+            self._dropout(stack.recurrent_dropout, f"{site}.l{layer}.recurrent") for layer in range(stack.num_layers)
+        ]
+        self._between = [self._dropout(stack.dropout.p, stack.dropout.site) for _ in stack.layers[1:]]
+        self._output = self._dropout(stack.output_dropout, f"{site}.output")
 
-    def _draw(self, p: float) -> Kept | Tensor | None:
-        return draw(self._stack.case, *self._draw_args, p, **self._draw_kwargs)  # type: ignore[arg-type]
+    def _dropout(self, p: float, site: str) -> SteppedDropout:
+        pattern = draw(self._stack.case, *self._draw_args, p, **self._draw_kwargs)  # type: ignore[arg-type]
+        return SteppedDropout(pattern, site, self.skips)
 
     def operands(self, output: SteppedDropout) -> tuple[list[Operand], list[Operand], Operand, Operand]:
         """The whole sequence's patterns, for a product over all steps at once, instead of :meth:`step`.
@@ -154,10 +175,7 @@ class StackedRun:
         Returns:
             Those of each layer's recurrent product, between the layers, of the last layer, and of ``output``.
         """
-        site = self._stack.site
-        recurrent = [
-            Operand.drawn(pattern, f"{site}.l{layer}.recurrent") for layer, pattern in enumerate(self._recurrent)
-        ]
+        recurrent = [dropout.operand() for dropout in self._recurrent]
         return recurrent, [dropout.operand() for dropout in self._between], self._output.operand(), output.operand()
 
     def step(self, t: int, input: Tensor, hidden: State) -> tuple[Tensor, State]:
@@ -170,7 +188,8 @@ class StackedRun:
         Returns:
             ``[B, H]``, with its hint, and ``h`` and ``c``, ``[num_layers, B, H]``.
         """
-        self._packed = self._packed or [pack_parameters(parameters) for parameters in self.parameters]
+        if not t:
+            self._begin()
         states = []
         for layer, (h, c) in enumerate(zip(*self._stack.own_states(hidden), strict=True)):
             h, c = self._cell(layer, t, input, (h, c))
@@ -178,15 +197,24 @@ class StackedRun:
             input = self._between[layer](t, h) if layer < len(self._between) else self._output(t, h)
         return input, (torch.stack([h for h, _ in states]), torch.stack([c for _, c in states]))
 
+    def _begin(self) -> None:
+        """Before the first step: either each layer's weights are packed, or it is told that nothing will be skipped."""
+        if self.skips:
+            self._layers = [SteppedLayer(parameters) for parameters in self.parameters]
+            return
+        for dropout in (*self._recurrent, *self._between, self._output):
+            dropout.waive()
+        if self._stack.dropout_mode != "random":
+            _report.count("steps of cells, too small for skipping to pay", f"{self._stack.hidden_size} units")
+
     def _cell(self, layer: int, t: int, x: Tensor, state: State) -> State:
+        if not self.skips:
+            hints.waive(x)
+            h, c = state
+            return torch.lstm_cell(x, (self._recurrent[layer](t, h), c), *self.parameters[layer])
         hint = hints.lookup(x)
         operand = Operand.hinted(hint if hint is not None and hint.kept.steps == 1 else None, x)
-        pattern = self._recurrent[layer]
-        at_t = pattern.at(t) if isinstance(pattern, Kept) else None if pattern is None else pattern[t : t + 1]
-        recurrent = Operand.drawn(at_t, f"{self._stack.site}.l{layer}.recurrent")
-        call = LayerCall(operand, recurrent, TIME_MAJOR, packed=self._packed[layer])
-        _, h, c = lstm_layer(x.unsqueeze(0), state, self.parameters[layer], call)
-        return h, c
+        return self._layers[layer].step(x, state, operand, self._recurrent[layer].operand_at(t))
 
 
 def _parameters_of(cell: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -199,25 +227,46 @@ class SteppedDropout:
     Args:
         pattern: kept units, a multiplier ``[T, B, K]``, or None (nothing dropped).
         site: name in the report.
+        hinted: each step's result carries its hint; without, only :meth:`stack` of all does.
     """
 
-    def __init__(self, pattern: Kept | Tensor | None, site: str) -> None:
+    def __init__(self, pattern: Kept | Tensor | None, site: str, hinted: bool = True) -> None:
         self.pattern = pattern
         self.site = site
-        self._multiplier: Tensor | None = None
+        self.hinted = hinted
+        self._multipliers: tuple[Tensor, ...] = ()
 
     def operand(self) -> Operand:
         """The whole sequence's pattern as the operand of a product that drops, used at once."""
         return Operand.drawn(self.pattern, self.site)
 
+    def operand_at(self, t: int) -> Operand:
+        """The pattern of step ``t``, likewise."""
+        pattern = self.pattern
+        at_t = pattern.at(t) if isinstance(pattern, Kept) else None if pattern is None else pattern[t : t + 1]
+        return Operand.drawn(at_t, self.site)
+
     def __call__(self, t: int, x: Tensor) -> Tensor:
-        """``x`` ``[B, K]`` dropped as at step ``t``, with its hint."""
+        """``x`` ``[B, K]`` dropped as at step ``t``."""
         if self.pattern is None:
             return x
         if not isinstance(self.pattern, Kept):
             return x * self.pattern[t]
-        if self._multiplier is None:
-            self._multiplier = self.pattern.multiplier(x.dtype)
+        self._multipliers = self._multipliers or self.pattern.multiplier(x.dtype).unbind()
+        if not self.hinted:
+            return x * self._multipliers[t]
         kept = self.pattern.at(t)
         part = Part(kept, [Draw(self.site, kept)])
-        return hints.attach(x * self._multiplier[t], [part], Steps.packed(x.shape[:1]))
+        return hints.attach(x * self._multipliers[t], [part], Steps.packed(x.shape[:1]))
+
+    def stack(self, results: list[Tensor], steps: Steps) -> Tensor:
+        """What it made of each step, ``[B, K]``, stacked along the time dimension of ``steps``, with the hint."""
+        if self.hinted or not isinstance(self.pattern, Kept):
+            return hints.stack(results, steps)
+        part = Part(self.pattern, [Draw(self.site, self.pattern)])
+        return hints.attach(torch.stack(results, steps.time_dim), [part], steps)
+
+    def waive(self) -> None:
+        """Count the pattern as one that no product can make use of."""
+        if isinstance(self.pattern, Kept):
+            Draw(self.site, self.pattern).waive()

@@ -18,7 +18,7 @@ from ._autocast import cast_for_autocast, without_autocast
 from ._compile import opaque
 from ._route import Route
 from .hints import Draw, Part
-from .kernels import TIME_MAJOR, Kept, PackedWeights, Steps, Wanted, has_memory, refuse_transforms
+from .kernels import TIME_MAJOR, Kept, LSTMGradients, PackedWeights, Steps, Wanted, has_memory, refuse_transforms
 from .patterns import Case
 from .patterns import draw as draw_pattern
 
@@ -236,14 +236,12 @@ class LayerCall:
     Attributes:
         input, recurrent: patterns of the two products.
         steps: which rows belong to which time step; reverse: run backwards in time.
-        packed: the weights, packed once for several calls; None packs them for this call.
     """
 
     input: Operand
     recurrent: Operand
     steps: Steps
     reverse: bool = False
-    packed: PackedWeights | None = None
 
     def count(self, x: Tensor, hidden: int, backend: str, products: int) -> None:
         """Count ``products`` input products and as many recurrent ones."""
@@ -268,7 +266,7 @@ class _LSTMLayer(Operation):
         call: LayerCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(x.device.type):
-            packed = call.packed or kernels.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh)
+            packed = kernels.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh)
             y, h_n, c_n, saved = kernels.lstm_forward(
                 packed, x, h0, c0, call.input.kept, call.recurrent.pattern, call.steps, call.reverse
             )
@@ -281,22 +279,9 @@ class _LSTMLayer(Operation):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dh_n: Tensor, dc_n: Tensor) -> tuple[Tensor | None, ...]:
         x, saved, packed = _stash.saved(ctx)
-        call: LayerCall = ctx.call
-        if _check.ENABLED:
-            call.input.check(x, call.steps, "at the backward pass")
         needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh, _ = ctx.needs_input_grad
         wanted = Wanted(needs_x, needs_weight_ih, needs_weight_hh, needs_bias_ih or needs_bias_hh)
-        # A dense gradient of the weight, too, then, to which zeros add nothing.
-        is_read = needs_x and call.input.is_read
-        kept_x = None if is_read else call.input.kept
-        with without_autocast(x.device.type):
-            grads = kernels.lstm_backward(
-                packed, dy, dh_n, dc_n, x, saved, kept_x, call.recurrent.pattern, call.steps, call.reverse, wanted
-            )
-        hidden, backend = packed.hidden_size, packed.backend.NAME
-        rows, products = x.shape[:-1].numel(), wanted.x + wanted.weight_ih
-        call.input.count(rows, 4 * hidden, backend, products, products if is_read else 0)
-        call.recurrent.count(rows, 4 * hidden, backend, 1 + wanted.weight_hh)
+        grads, _ = layer_gradients(ctx.call, packed, dy, dh_n, dc_n, x, saved, wanted)
         return (
             grads.x,
             grads.h0,
@@ -308,6 +293,37 @@ class _LSTMLayer(Operation):
             grads.bias.clone() if needs_bias_hh and grads.bias is not None else None,
             None,
         )
+
+
+def layer_gradients(
+    call: LayerCall,
+    packed: PackedWeights,
+    dy: Tensor,
+    dh_n: Tensor,
+    dc_n: Tensor,
+    x: Tensor,
+    saved: tuple[Tensor, ...],
+    wanted: Wanted,
+) -> tuple[LSTMGradients, Kept | None]:
+    """What autograd asks of a layer: :func:`sd_plugin.kernels.lstm_backward`, checked and counted.
+
+    Returns:
+        The gradients, and the columns of ``x`` that its products visit (None: all of them).
+    """
+    if _check.ENABLED:
+        call.input.check(x, call.steps, "at the backward pass")
+    # A dense gradient of the weight, too, then, to which zeros add nothing.
+    is_read = wanted.x and call.input.is_read
+    kept_x = None if is_read else call.input.kept
+    with without_autocast(x.device.type):
+        grads = kernels.lstm_backward(
+            packed, dy, dh_n, dc_n, x, saved, kept_x, call.recurrent.pattern, call.steps, call.reverse, wanted
+        )
+    hidden, backend = packed.hidden_size, packed.backend.NAME
+    rows, products = x.shape[:-1].numel(), wanted.x + (wanted.weight_ih or wanted.gates)
+    call.input.count(rows, 4 * hidden, backend, products, products if is_read else 0)
+    call.recurrent.count(rows, 4 * hidden, backend, 1 + (wanted.weight_hh or wanted.gates))
+    return grads, kept_x
 
 
 @opaque

@@ -205,6 +205,14 @@ def waive(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def forget(tensor: Tensor) -> Tensor:
+    """Take the hint off ``tensor``, whose products are better done densely; counted as :func:`waive` does."""
+    waive(tensor)
+    if hasattr(tensor, _ATTRIBUTE):
+        delattr(tensor, _ATTRIBUTE)
+    return tensor
+
+
 def carry(source: Tensor, source_steps: Steps, target: Tensor, steps: Steps) -> Tensor:
     """Give ``target``, the rows of ``source`` in another layout, the hint of ``source``, if it has one.
 
@@ -272,6 +280,5 @@ def stack(tensors: Sequence[Tensor], steps: Steps) -> Tensor:
         routes += _routes(tensor, hint)
     if len({(part.kept.width, part.kept.padded) for part in parts}) != 1:
         return stacked
-    first = parts[0].kept
-    kept = Kept(torch.cat([part.kept.indices for part in parts]), first.size, 1.0, first.padded)
+    kept = Kept.in_time([part.kept for part in parts])
     return attach(stacked, [Part(kept, [draw for part in parts for draw in part.draws])], steps, routes)

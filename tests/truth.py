@@ -27,11 +27,13 @@ def lstm_layer(
     drop_h: Tensor,
     lengths: list[int],
     reverse: bool = False,
+    offset: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer over padded ``[T, B, I]``, each sequence on its own; rows past a sequence's end are zero.
 
     Args:
         drop_h: ``[T, B, H]`` factors on ``h_{t-1}`` in its product.
+        offset: ``[T, B, 4H]``, added to the gates' pre-activations, whose gradient is its own.
     """
     weight_ih, weight_hh, *biases = weights
     bias = sum(b for b in biases if b is not None)
@@ -41,7 +43,8 @@ def lstm_layer(
         h, c = h0[b], c0[b]
         rows = [torch.zeros_like(h) for _ in range(steps)]
         for t in sorted(range(lengths[b]), reverse=reverse):
-            i, f, g, o = (weight_ih @ x[t, b] + weight_hh @ (h * drop_h[t, b]) + bias).chunk(4)
+            pre = weight_ih @ x[t, b] + weight_hh @ (h * drop_h[t, b]) + bias
+            i, f, g, o = (pre if offset is None else pre + offset[t, b]).chunk(4)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             h = o.sigmoid() * c.tanh()
             rows[t] = h

@@ -92,6 +92,7 @@ class CLSTMGrad(ctypes.Structure):
         ("dw", c_void_p),
         ("du", c_void_p),
         ("dbias", c_void_p),
+        ("dgates", CRows),
     ]
 
 

@@ -147,12 +147,13 @@ def lstm_backward(
     dw = empty(4 * hidden, inputs, dtype=math) if wanted.weight_ih else None
     du = empty(4 * hidden, hidden, dtype=math) if wanted.weight_hh else None
     dbias = x.new_empty(4 * hidden) if wanted.bias else None
+    dgates = empty(*x.shape[:-1], 4 * hidden, dtype=math) if wanted.gates else None
     call = _Call(packed, x, kept_x, pattern_h, steps, reverse, Saved(*saved_tensors), None)
     grad = CLSTMGrad(
         c_rows(dy, steps), pointer(dh_n), pointer(dc_n),
         CRows() if dx is None else c_rows(dx, steps), pointer(dh0), pointer(dc0),
-        pointer(dw), pointer(du), pointer(dbias),
+        pointer(dw), pointer(du), pointer(dbias), CRows() if dgates is None else c_rows(dgates, steps),
     )  # fmt: skip
     function("sd_lstm_backward", math)(torch.get_num_threads(), byref(call.structure), byref(grad))
-    grads = (dx, dh0, dc0, dw, du, dbias)
+    grads = (dx, dh0, dc0, dw, du, dbias, dgates)
     return tuple(None if tensor is None else tensor.to(dtype) for tensor in grads)

@@ -231,6 +231,7 @@ def lstm_backward(
         _weight_gradient(x, dgates, kept_x, steps, packed.precision) if wanted.weight_ih else None,
         _weight_gradient(operand, dgates, kept_h, steps, packed.precision) if wanted.weight_hh else None,
         dbias.to(to) if wanted.bias else None,
+        dgates if wanted.gates else None,
     )
 
 

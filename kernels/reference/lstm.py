@@ -47,6 +47,7 @@ class Gradients(NamedTuple):
     weight_ih: Tensor | None  #: ``[4H, I]``
     weight_hh: Tensor | None  #: ``[4H, H]``
     bias: Tensor | None  #: ``[4H]``, of either bias
+    gates: Tensor | None  #: ``[..., 4H]``, of the gates' pre-activations
 
 
 def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> PackedLSTM:
@@ -137,6 +138,7 @@ def lstm_backward(
         if wanted.weight_hh
         else None,
         bias=dpre.flatten(0, -2).sum(0).to(to) if wanted.bias else None,
+        gates=dpre.to(to) if wanted.gates else None,
     )
 
 

@@ -108,7 +108,7 @@ def _make_dense(model: Any) -> None:
     # The attention's products are part of the decoder's operation.
     DenseLinear.adopt(model.generator)
 
-    def output_dropout(count: int, batch: int, like: Tensor) -> SteppedDropout:
+    def output_dropout(count: int, batch: int, like: Tensor, hinted: bool) -> SteppedDropout:
         shape = (count, batch, decoder.hidden_size)
         pattern = draw(Case.I, *shape, decoder.dropout.p, device=like.device, dtype=like.dtype)
         return SteppedDropout(pattern, "decoder.output")

@@ -11,7 +11,7 @@ from onmt.modules import GlobalAttention
 
 from .. import hints
 from ..attentional import attentional_decoder, is_available
-from ..cell import StackedStructuredLSTM, SteppedDropout
+from ..cell import StackedStructuredLSTM, SteppedDropout, pays
 from ..dropout import StructuredDropout
 from ..errors import UsageError
 from ..kernels import Steps
@@ -220,7 +220,7 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         emb = self.embeddings(tgt)
         batch, count, _ = emb.shape
         run = self.rnn.start(count, batch, emb)
-        drop = self._output_dropout(count, batch, emb)
+        drop = self._output_dropout(count, batch, emb, run.skips)
         state, feed = self.rnn.own_states(self.state["hidden"]), self.state["input_feed"].squeeze(0)
         if self._is_one_operation(emb):
             lengths = emb.new_full((batch,), enc_out.shape[1], dtype=torch.int32) if src_len is None else src_len
@@ -229,19 +229,22 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
                 run, emb, enc_out, lengths, state, feed, drop, query, self.attn.linear_out.weight
             )
             return state, hints.vouch(y), self._attentions(y, align, enc_out)
+        # A dot attention joins the query with the context vector, and no product sees it alone.
+        is_query_worth = self.query_is_multiplied and pays(batch * self.hidden_size**2, emb.device)
         record = _AttentionRecord(self)
         outputs = []
-        for t, emb_t in enumerate(hints.unbind(emb, _BATCH_FIRST)):
+        emb_steps = hints.unbind(emb, _BATCH_FIRST) if run.skips else hints.waive(emb).unbind(1)
+        for t, emb_t in enumerate(emb_steps):
             dec_in = hints.cat([emb_t, feed])
             rnn_out, state = run.step(t, dec_in, state)
-            hints.vouch(rnn_out)
-            if not self.query_is_multiplied:
-                # A dot attention joins it with the context vector, and no product sees it alone.
-                hints.waive(rnn_out)
+            if is_query_worth:
+                hints.vouch(rnn_out)
+            else:
+                hints.forget(rnn_out)
             feed = drop(t, self._attend(rnn_out, dec_in, enc_out, src_len, record))
             record.copy(feed, enc_out)
             outputs.append(feed)
-        return state, hints.vouch(hints.stack(outputs, _BATCH_FIRST)), record.stacked()
+        return state, hints.vouch(drop.stack(outputs, _BATCH_FIRST)), record.stacked()
 
     def _is_one_operation(self, emb: Tensor) -> bool:
         """Nothing about this decoder needs its steps one by one, and the backend has it in one piece.
@@ -277,7 +280,7 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
             attentions["copy"] = self.copy_attn(dec_out, enc_out)[1].transpose(0, 1).contiguous()
         return attentions
 
-    def _output_dropout(self, count: int, batch: int, like: Tensor) -> SteppedDropout:
+    def _output_dropout(self, count: int, batch: int, like: Tensor, hinted: bool) -> SteppedDropout:
         pattern = draw(
             Case.III,
             count,
@@ -288,7 +291,7 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
             device=like.device,
             dtype=like.dtype,
         )
-        return SteppedDropout(pattern, "decoder.output")
+        return SteppedDropout(pattern, "decoder.output", hinted)
 
     def _attend(
         self, rnn_out: Tensor, dec_in: Tensor, enc_out: Tensor, src_len: Tensor | None, record: _AttentionRecord

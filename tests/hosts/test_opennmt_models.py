@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 
@@ -11,7 +12,7 @@ import torch
 
 onmt = pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 
-from sd_plugin import StructuredDropoutLSTM, UsageError, stats  # noqa: E402
+from sd_plugin import StructuredDropoutLSTM, UsageError, cell, stats  # noqa: E402
 from sd_plugin.attentional import is_available  # noqa: E402
 from sd_plugin.kernels import Kept  # noqa: E402
 from sd_plugin.patches import opennmt as patch  # noqa: E402
@@ -101,7 +102,8 @@ def test_the_decoder_in_one_piece_is_the_one_of_many_steps(
     src, tgt, lengths = models.batch()
     asked = []
 
-    def run(available: bool) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+    def run(available: bool, pays_from: float = 0) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
+        monkeypatch.setitem(cell.PAYS_FROM, "cpu", pays_from)
         monkeypatch.setattr(
             "sd_plugin.opennmt.decoder.is_available", lambda emb: asked.append(available) is None and available
         )
@@ -119,6 +121,40 @@ def test_the_decoder_in_one_piece_is_the_one_of_many_steps(
     assert asked == [False, False, True, True]
     models.assert_same(together, steps)
     assert also_counted == counted and all(value.is_contiguous() for value in together.values())
+    by_torch, (dense, skipped) = run(False, pays_from=math.inf)
+    models.assert_same(by_torch, steps)
+    assert 0 < skipped < counted[1] and dense < counted[0], "only what follows the last step skips"
+
+
+@pytest.mark.parametrize("mode", ["nr_st", "nr_rh_st"])
+@pytest.mark.parametrize("sampling", ["exact", "bernoulli"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"context_gate": "both"},
+        {"global_attention": "mlp"},
+        {"global_attention": "none"},
+        {"global_attention": "general", "global_attention_function": "sparsemax", "coverage_attn": True},
+    ],
+    ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()),
+)
+def test_steps_that_skip_are_those_that_torch_multiplies(
+    changes: dict[str, object], sampling: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training with dropout: results and gradients under the same masks, and no hint lost in either."""
+    model = models.build(models.options(dropout=[0.4], sd_sampling=sampling, sd_mode=mode, **changes))
+
+    def run(pays_from: float) -> tuple[dict[str, torch.Tensor], int]:
+        monkeypatch.setitem(cell.PAYS_FROM, "cpu", pays_from)
+        torch.manual_seed(5)
+        stats.reset()
+        results = models.run(model)
+        assert all(site.lost == 0 for site in stats.sites().values())
+        return results, sum(site.skipped for name, site in stats.sites().items() if name.startswith("decoder.rnn"))
+
+    (skipping, skipped), (dense, none) = run(0), run(math.inf)
+    models.assert_same(skipping, dense)
+    assert skipped > 0 == none
 
 
 @pytest.mark.parametrize("changes", [{"context_gate": "both"}, {"global_attention": "mlp"}, {"attention_func": 1}])
@@ -402,6 +438,7 @@ def test_dropped_columns_of_the_feed_are_those_of_the_step_before(monkeypatch: p
 
     # Step by step, where there is such a tensor.
     monkeypatch.setenv("SD_PLUGIN_BACKEND", "reference")
+    monkeypatch.setitem(cell.PAYS_FROM, "cpu", 0)
     original = hints.cat
 
     def spy(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_every_tile(
     exact = reference.lstm_pack(high["weight_ih"], high["weight_hh"], high["bias_ih"], high["bias_hh"])
     y, h_n, c_n, saved = reference.lstm_forward(exact, high["x"], high["h0"], high["c0"], *told)
     states = (high["dh_n"], high["dc_n"])
-    expected = reference.lstm_backward(exact, high["dy"], *states, high["x"], *told, saved, Wanted())
+    expected = reference.lstm_backward(exact, high["dy"], *states, high["x"], *told, saved, Wanted(gates=True))
 
     monkeypatch.setattr(choices, "recurrence", lambda best: tile)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision is Precision.TF32)
@@ -80,7 +80,7 @@ def test_every_tile(
         packed = lstm.lstm_pack(low["weight_ih"], low["weight_hh"], low["bias_ih"], low["bias_hh"])
         result = lstm.lstm_forward(packed, low["x"], low["h0"], low["c0"], *told)
         states = (low["dh_n"], low["dc_n"])
-        grads = lstm.lstm_backward(packed, low["dy"], *states, low["x"], *told, result[3], Wanted())
+        grads = lstm.lstm_backward(packed, low["dy"], *states, low["x"], *told, result[3], Wanted(gates=True))
 
     for got, right in zip((*result[:3], *grads), (y, h_n, c_n, *expected), strict=True):
         assert got.dtype == precision.dtype

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,6 +44,26 @@ def test_concat_is_the_union_of_shifted_units(parts: list[Kept]) -> None:
     assert whole.scale == 1.0
     assert torch.equal(whole.mask(), torch.cat([part.mask() for part in parts], 1))
     assert torch.equal(whole.indices, whole.indices.sort(1).values), "ascending, padding last"
+
+
+@st.composite
+def alike(draw: st.DrawFn) -> list[Kept]:
+    """Patterns of as many units, unscaled."""
+    size = draw(SIZES)
+    units_of = kept_units(draw(st.integers(0, 3)), size)
+    return [(draw(units_of) or Kept.all(1, size)).unscaled() for _ in range(draw(st.integers(1, 4)))]
+
+
+@given(parts=alike())
+def test_in_time_has_the_steps_of_one_after_the_other(parts: list[Kept]) -> None:
+    whole = Kept.in_time(parts)
+    assert units(whole) == [step for part in parts for step in units(part)]
+    assert torch.equal(whole.indices, whole.indices.sort(1).values), "ascending, padding last"
+    assert whole.padded or all(len(step) == whole.width for step in units(whole))
+    with pytest.raises(ValueError, match="size or scale"):
+        Kept.in_time([*parts, Kept.all(1, whole.size + 1)])
+    with pytest.raises(ValueError, match="size or scale"):
+        Kept.in_time([*parts, replace(whole, scale=2.0)])
 
 
 @given(kept=some_kept(st.integers(1, 4)), data=st.data())

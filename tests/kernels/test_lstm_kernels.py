@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sd_plugin.kernels import Kept, lstm_backward, lstm_forward, lstm_pack
+from sd_plugin.kernels import Kept, Wanted, lstm_backward, lstm_forward, lstm_pack
 
 from .. import truth
 from ..tolerances import assert_close
@@ -47,16 +47,17 @@ def test_forward_and_backward(
     # Values that the low-precision dtypes hold exactly: what is measured is the kernels' own rounding.
     low = {name: (tensor_of(seed + i, *shape) * 0.7).to(dtype) for i, (name, shape) in enumerate(names.items())}
     high = {name: tensor.detach().clone().double().requires_grad_() for name, tensor in low.items()}
+    high["gates"] = torch.zeros(count, batch, 4 * hidden, dtype=torch.float64, requires_grad=True)
 
     drop_x = truth.multiplier(kept_x, count, batch, n_in, torch.float64)
     drop_h = truth.multiplier(pattern_h, count, batch, hidden, torch.float64)
     biases = (high["bias_ih"], high["bias_hh"]) if bias else (None, None)
     y, h_n, c_n = truth.lstm_layer(
         high["x"] * drop_x, high["h0"], high["c0"], (high["weight_ih"], high["weight_hh"], *biases), drop_h,
-        list(layout.lengths), reverse,
+        list(layout.lengths), reverse, high["gates"],
     )  # fmt: skip
     loss = (y * high["dy"]).sum() + (h_n * high["dh_n"]).sum() + (c_n * high["dc_n"]).sum()
-    wanted = ["x", "h0", "c0", "weight_ih", "weight_hh", *(["bias_ih"] if bias else [])]
+    wanted = ["x", "gates", "h0", "c0", "weight_ih", "weight_hh", *(["bias_ih"] if bias else [])]
     grads = torch.autograd.grad(loss, [high[name] for name in wanted], materialize_grads=True)
 
     on = {name: tensor.to(device) for name, tensor in low.items()}
@@ -66,10 +67,14 @@ def test_forward_and_backward(
     dy = strided(layout.from_padded(on["dy"]), how)
     packed = lstm_pack(on["weight_ih"], on["weight_hh"], *((on["bias_ih"], on["bias_hh"]) if bias else (None, None)))
     result = lstm_forward(packed, x, on["h0"], on["c0"], kept_on, pattern_on, layout.steps, reverse)
-    got = lstm_backward(packed, dy, on["dh_n"], on["dc_n"], x, result.saved, kept_on, pattern_on, layout.steps, reverse)
+    got = lstm_backward(
+        packed, dy, on["dh_n"], on["dc_n"], x, result.saved, kept_on, pattern_on, layout.steps, reverse,
+        Wanted(gates=True),
+    )  # fmt: skip
 
-    expected = {"y": layout.from_padded(y), "h_n": h_n, "c_n": c_n, "x": layout.from_padded(grads[0])}
-    expected |= dict(zip(wanted[1:], grads[1:], strict=True))
+    expected = {"y": layout.from_padded(y), "h_n": h_n, "c_n": c_n}
+    expected |= {name: layout.from_padded(grad) for name, grad in zip(wanted[:2], grads, strict=False)}
+    expected |= dict(zip(wanted[2:], grads[2:], strict=True))
     for name, value in expected.items():
         found = getattr(result if name in ("y", "h_n", "c_n") else got, "bias" if "bias" in name else name)
         assert found.dtype == dtype

@@ -96,7 +96,7 @@ def _run(backend: Any, layer: dict[str, Any]) -> list[Tensor]:
     h0, c0, dh_n, dc_n = layer["states"]
     told = (None, layer["pattern"], _STEPS, layer["reverse"])
     y, h_n, c_n, saved = backend.lstm_forward(packed, layer["x"], h0, c0, *told)
-    grads = backend.lstm_backward(packed, layer["dy"], dh_n, dc_n, layer["x"], *told, saved, Wanted())
+    grads = backend.lstm_backward(packed, layer["dy"], dh_n, dc_n, layer["x"], *told, saved, Wanted(gates=True))
     return [y, h_n, c_n, *grads]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sd_plugin import Case, StackedStructuredLSTM, StructuredDropout, StructuredLinear, stats
+from sd_plugin import Case, StackedStructuredLSTM, StructuredDropout, StructuredLinear, cell, stats, stepped
 from sd_plugin.patterns import draw as draw_pattern
 
 from .. import truth
@@ -20,6 +22,13 @@ from ..tolerances import assert_close
 
 States = tuple[Tensor, Tensor]
 MODES = ["random", "nr_st", "nr_rh_st"]
+
+
+@pytest.fixture(params=[0, math.inf], ids=["skipping", "dense"], autouse=True)
+def pays_from(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Every test with products that skip whatever their size, and with torch's cells."""
+    monkeypatch.setitem(cell.PAYS_FROM, "cpu", request.param)
+    return float(request.param)
 
 
 def stack(*args: int, p: float = 0.0, mode: str = "nr_rh_st", sampling: str = "exact") -> StackedStructuredLSTM:
@@ -135,13 +144,13 @@ def test_recurrent_patterns_are_new_at_each_step(mode: str) -> None:
     torch.manual_seed(0)
     steps, batch, hidden, p = 400, 4, 10, 0.3
     module = StackedStructuredLSTM(1, 1, hidden, recurrent_dropout=p, mode=mode)
-    cell = module.layers[0]
+    layer = module.layers[0]
     with torch.no_grad():
-        for parameter in cell.parameters():
+        for parameter in layer.parameters():
             parameter.zero_()
         # Only the output gate sees the state; the cell is held at one.
-        cell.weight_hh[3 * hidden :] = torch.eye(hidden)
-        cell.bias_ih[hidden : 2 * hidden] = 100.0
+        layer.weight_hh[3 * hidden :] = torch.eye(hidden)
+        layer.bias_ih[hidden : 2 * hidden] = 100.0
     states = torch.ones(1, batch, hidden), torch.ones(1, batch, hidden)
     run = module.start(steps, batch, states[0])
     kept = []
@@ -157,7 +166,7 @@ def test_recurrent_patterns_are_new_at_each_step(mode: str) -> None:
     assert abs(agreement - (p * p + (1 - p) ** 2)) < 0.05
 
 
-def test_products_skip_what_each_step_dropped() -> None:
+def test_products_skip_what_each_step_dropped(pays_from: float) -> None:
     torch.manual_seed(0)
     module = stack(2, 4, 8, p=0.5)
     x = torch.randn(3, 2, 4, dtype=torch.float64)
@@ -169,9 +178,88 @@ def test_products_skip_what_each_step_dropped() -> None:
     torch.stack(outputs).sum().backward()
     sites = stats.sites()
     assert set(sites) == {"dropout", "cell.l0.recurrent", "cell.l1.recurrent", "cell.between", "cell.output"}
+    if pays_from:
+        assert all((site.drawn, site.waived, site.dense) == (1, 1, 0) for site in list(sites.values())[1:])
+        assert "steps of cells, too small for skipping to pay (8 units): 1" in stats.report()
+        return
     for site in sites.values():
         assert (site.drawn, site.lost) == (3, 0)
         assert 2 * site.skipped == site.dense > 0
+
+
+def test_small_steps_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the multiply-adds of one step of all layers; random dropout skips nothing, however large."""
+    module, x = stack(2, 3, 4, p=0.5), torch.zeros(7, 5, 3, dtype=torch.float64)
+    multiply_adds = 5 * (16 * (3 + 4) + 16 * (4 + 4))
+    for least, skips in ((multiply_adds, True), (multiply_adds + 1, False)):
+        monkeypatch.setitem(cell.PAYS_FROM, "cpu", least)
+        assert module.start(7, 5, x).skips is skips
+    monkeypatch.setitem(cell.PAYS_FROM, "cpu", 0)
+    assert not stack(2, 3, 4, p=0.5, mode="random").start(7, 5, x).skips
+    assert not module.start(7, 5, x.to("meta")).skips, "where nobody has measured"
+
+
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4), sampling=st.sampled_from(["exact", "bernoulli"]),
+    seed=st.integers(0, 10**6), wanted=st.sets(st.integers(0, 3), min_size=1),
+)  # fmt: skip
+def test_weights_get_the_sum_of_all_steps(sizes: list[int], sampling: str, seed: int, wanted: set[int]) -> None:
+    """Steps of different batches, inputs with and without a hint, and only some parameters that want a gradient."""
+    torch.manual_seed(seed)
+    module = StackedStructuredLSTM(1, 6, 5, sampling=sampling).double()
+    for index, parameter in enumerate(module.parameters()):
+        parameter.requires_grad_(index in wanted)
+    drop = StructuredDropout(0.4, sampling=sampling)
+    inputs = [torch.randn(1, n, 6, dtype=torch.float64) for n in sizes]
+    inputs = [drop(x)[0] if t % 2 else x[0] for t, x in enumerate(inputs)]
+    states = [(torch.randn(1, n, 5).double(), torch.randn(1, n, 5).double()) for n in sizes]
+
+    def loss(step: Callable[[int, Tensor, States], tuple[Tensor, States]]) -> Tensor:
+        results = [step(t, x, state) for t, (x, state) in enumerate(zip(inputs, states, strict=True))]
+        return sum(((y * y).sum() + h.sum() + c.sin().sum() for y, (h, c) in results), torch.zeros(()))
+
+    leaves = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    run = module.start(len(sizes), max(sizes), inputs[0])
+    got = torch.autograd.grad(loss(run.step), leaves)
+    module.eval()
+    assert_close(list(got), list(torch.autograd.grad(loss(lambda t, x, state: module(x, state)), leaves)))
+
+
+def test_a_backward_pass_takes_its_own_steps_only() -> None:
+    """A pass for the input's gradient, kept graphs and one that fails half way leave nothing for the next."""
+    torch.manual_seed(0)
+    module = stack(2, 3, 4)
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    outputs, *_ = run_steps(module, x, zeros(module, 2))
+    parameters = list(module.parameters())
+    expected = torch.autograd.grad(outputs.sum(), parameters, retain_graph=True)
+    torch.autograd.grad(outputs.sum(), x, retain_graph=True)
+    first_half = torch.autograd.grad(outputs[:2].sum(), parameters, retain_graph=True)
+
+    def fail(_: Tensor) -> None:
+        raise RuntimeError("half way")
+
+    x.register_hook(fail)
+    with pytest.raises(RuntimeError, match="half way"):
+        outputs.sum().backward(retain_graph=True)
+    second_half = torch.autograd.grad(outputs[2:].sum(), parameters, retain_graph=True)
+    assert_close(list(torch.autograd.grad(outputs.sum(), parameters)), list(expected))
+    assert_close([a + b for a, b in zip(first_half, second_half, strict=True)], list(expected))
+
+
+def test_nothing_of_a_pass_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of the input alone, over and over on one graph: what the steps left for the weights goes away."""
+    monkeypatch.setitem(cell.PAYS_FROM, "cpu", 0)
+    gathered: list[Any] = []
+    made = stepped._Gathered.__init__
+    monkeypatch.setattr(stepped._Gathered, "__init__", lambda self: (made(self), gathered.append(self))[0])
+    module = stack(1, 3, 4)
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    outputs, *_ = run_steps(module, x, zeros(module, 2))
+    for _ in range(2):
+        torch.autograd.grad(outputs.sum(), x, retain_graph=True)
+    assert len(gathered) == 1
+    assert not gathered[0]._steps
 
 
 def test_p_of_its_dropout_may_be_changed() -> None:

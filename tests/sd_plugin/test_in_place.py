@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sd_plugin
-from sd_plugin import StackedStructuredLSTM, StructuredDropout, StructuredDropoutLSTM, StructuredLinear, stats
+from sd_plugin import StackedStructuredLSTM, StructuredDropout, StructuredDropoutLSTM, StructuredLinear, cell, stats
 
 STEPS, BATCH, UNITS = 3, 4, 8
 
@@ -67,7 +68,9 @@ def test_results_of_the_lstm(options: dict[str, object], output_dropout: float, 
     assert_free(program, [source, *lstm.parameters()])
 
 
-def test_results_of_cells_and_of_dropout() -> None:
+@pytest.mark.parametrize("pays_from", [0, math.inf], ids=["skipping", "dense"])
+def test_results_of_cells_and_of_dropout(pays_from: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cell.PAYS_FROM, "cpu", pays_from)
     cells = StackedStructuredLSTM(2, UNITS, 5, dropout=0.5, recurrent_dropout=0.5, output_dropout=0.5).double()
     source = torch.randn(BATCH, UNITS, dtype=torch.float64, requires_grad=True)
 

@@ -29,6 +29,7 @@ struct sd_lstm_grad {
   sd_rows dx;           // data null: not wanted
   void *dh0, *dc0;      // [batch][hidden]
   void *dw, *du, *dbias;  // [4 hidden][inputs], [4 hidden][hidden], [4 hidden]; null: not wanted
+  sd_rows dgates;         // 4 hidden columns, of the gates' pre-activations; data null: not wanted
 };
 }
 
@@ -89,6 +90,7 @@ class Layer {
                        Range mine, void* dw) const;
   void mask_gradient(const void* mask, int t, int64_t p, T* d) const;
   void store_bias_gradient(const T* dbias, Range mine, void* to) const;
+  void store_gate_gradients(const T* dgates, Range mine, const sd_rows& to) const;
 
   // Positions of step t's units in a list that lie in [first, last).
   static Range part(const Lists& lists, int t, int64_t first, int64_t last) {
@@ -259,6 +261,18 @@ void Layer<T>::store_bias_gradient(const T* dbias, Range mine, void* to) const {
 }
 
 template <class T>
+void Layer<T>::store_gate_gradients(const T* dgates, Range mine, const sd_rows& to) const {
+  for (int64_t p = mine.begin; p < mine.end; p++)
+    for (int t = 0; t < count(); t++) {
+      const T* from = dgates + (p * padded_rows<T>(rows) + first_row_[t]) * kPanel<T>;
+      for (int b = 0; b < rows_at(t); b++, from += kPanel<T>)
+        for (int v = 0; v < kPanelVectors; v++)
+          store_some(static_cast<T*>(to.data) + to.start[t] + b * to.stride + columns.first(p, v), load(from + v * L),
+                     units_of(p));
+    }
+}
+
+template <class T>
 T* take_zeros(Arena& arena, int64_t count) {
   T* zeros = arena.take<T>(count);
   std::fill(zeros, zeros + count, T(0));
@@ -343,6 +357,7 @@ void lstm_backward(int threads, const sd_lstm& call, const sd_lstm_grad& grad) {
       layer.weight_gradient(layer.h_lists, static_cast<const T*>(call.operand), call.hidden, dgates, blocks, panel,
                             mine, grad.du);
     if (grad.dbias) layer.store_bias_gradient(dbias, mine, grad.dbias);
+    if (grad.dgates.data) layer.store_gate_gradients(dgates, mine, grad.dgates);
   }
 }
 
