@@ -13,6 +13,7 @@ CASE_VARIABLE = "SD_PLUGIN_CASE"
 RECURRENT_VARIABLE = "SD_PLUGIN_RECURRENT_DROPOUT"
 REPORT_VARIABLE = "SD_PLUGIN_REPORT"
 CHECK_VARIABLE = "SD_PLUGIN_CHECK"
+SKIP_FROM_VARIABLE = "SD_PLUGIN_SKIP_FROM"
 MODES = ("random", "nr_st", "nr_rh_st")
 CASES = ("I", "II", "III", "IV")
 # What SD_PLUGIN_TARGETS takes: the hosts, each by the name of its patch module (but `torch` is `torch_nn`).
@@ -153,6 +154,22 @@ def read_check(environ: "Mapping[str, str]") -> bool:
         ValueError: it says neither yes nor no.
     """
     return _read_yes_or_no(environ, CHECK_VARIABLE)
+
+
+def read_skip_from(environ: "Mapping[str, str]") -> "int | None":
+    """The multiply-adds in `SD_PLUGIN_SKIP_FROM`; None when it is unset.
+
+    Raises:
+        ValueError: it is not a whole number that is not negative.
+    """
+    text = environ.get(SKIP_FROM_VARIABLE, "").strip()
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
+        raise ValueError(
+            f"{SKIP_FROM_VARIABLE}={text[:40]!r} must be a whole number of multiply-adds, such as 0 or 96000000"
+        )
+    return int(text)
 
 
 def _read_yes_or_no(environ: "Mapping[str, str]", variable: str) -> bool:

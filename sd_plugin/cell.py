@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from . import _report, hints
+from ._pays import step_pays
 from .dropout import StructuredDropout
 from .functional import Operand
 from .hints import Draw, Part
@@ -21,16 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 State = tuple["Tensor", "Tensor"]
-
-#: By device type, the multiply-adds of one step from which it pays to skip: to start a step's products by themselves
-#: costs as much as this many take. On other devices it never does: a GPU is done with a step before Python has
-#: started it.
-PAYS_FROM = {"cpu": 96_000_000}
-
-
-def pays(multiply_adds: int, device: torch.device) -> bool:
-    """Products of one step are large enough for skipping to gain more than it costs."""
-    return multiply_adds >= PAYS_FROM.get(device.type, math.inf)
 
 
 class StackedStructuredLSTM(nn.Module):
@@ -146,7 +136,7 @@ class StackedRun:
 
     Attributes:
         parameters: ``weight_ih``, ``weight_hh``, ``bias_ih`` and ``bias_hh`` of each layer, an ``nn.LSTMCell``.
-        skips: its steps' products skip what is dropped. False where that does not pay (:func:`pays`) and for random
+        skips: its steps' products skip what is dropped. False where that does not pay (:mod:`._pays`) and for random
             dropout: torch's own cells then multiply what is dropped as everything else.
     """
 
@@ -156,7 +146,7 @@ class StackedRun:
         self._draw_kwargs = {"sampling": stack.sampling, "device": like.device, "dtype": like.dtype}
         self.parameters = [_parameters_of(cell) for cell in stack.layers]
         weights = sum(weight.numel() for parameters in self.parameters for weight in parameters[:2])
-        self.skips = stack.dropout_mode != "random" and pays(batch * weights, like.device)
+        self.skips = stack.dropout_mode != "random" and step_pays(batch * weights, like.device)
         self._layers: list[SteppedLayer] = []
         site = stack.site
         self._recurrent = [
@@ -205,7 +195,7 @@ class StackedRun:
         for dropout in (*self._recurrent, *self._between, self._output):
             dropout.waive()
         if self._stack.dropout_mode != "random":
-            _report.count("steps of cells, too small for skipping to pay", f"{self._stack.hidden_size} units")
+            _report.count("steps of cells, too small to gain from skipping", f"{self._stack.hidden_size} units")
 
     def _cell(self, layer: int, t: int, x: Tensor, state: State) -> State:
         if not self.skips:

@@ -24,6 +24,7 @@ from ._environment import (
     MODES,
     RECURRENT_VARIABLE,
     REPORT_VARIABLE,
+    SKIP_FROM_VARIABLE,
     TARGETS,
     TARGETS_VARIABLE,
     VARIABLE,
@@ -32,6 +33,7 @@ from ._environment import (
     read_check,
     read_recurrent_dropout,
     read_report,
+    read_skip_from,
     read_switch,
 )
 from ._tested import untested_torch
@@ -46,6 +48,7 @@ VARIABLES = {
     "SD_PLUGIN_BACKEND": "auto (default), or forces a backend",
     REPORT_VARIABLE: "1: counters of what was dropped and skipped, when a program ends",
     CHECK_VARIABLE: "1: compares what is skipped with the data, to find writes that torch does not count; slow",
+    SKIP_FROM_VARIABLE: "multiply-adds from which linear layers and a decoder's steps skip; not set: what was measured",
     "SD_PLUGIN_CUDA_RECURRENCE": "persistent or steps: how an LSTM layer runs on a GPU; not set: whichever fits",
     "SD_PLUGIN_CUDA_PRODUCTS": "skip or dense: how products run on a GPU; not set: what should be faster",
     "SD_PLUGIN_CXX": "the compiler of the CPU backend; not set: CXX, g++ or c++",
@@ -237,6 +240,7 @@ def _readers() -> dict[str, Callable[[Mapping[str, str]], object]]:
         RECURRENT_VARIABLE: read_recurrent_dropout,
         REPORT_VARIABLE: read_report,
         CHECK_VARIABLE: read_check,
+        SKIP_FROM_VARIABLE: read_skip_from,
         "SD_PLUGIN_BACKEND": _check_backend,
         choices.RECURRENCE: lambda environ: choices.read(choices.RECURRENCE, environ),
         choices.PRODUCTS: lambda environ: choices.read(choices.PRODUCTS, environ),

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd.function import once_differentiable as torch_once_differentiable
 
-from . import _check, _stash, hints, kernels, stats
+from . import _check, _report, _stash, hints, kernels, stats
 from ._autocast import cast_for_autocast, without_autocast
 from ._compile import opaque
+from ._pays import product_pays
 from ._route import Route
 from .hints import Draw, Part
 from .kernels import TIME_MAJOR, Kept, LSTMGradients, PackedWeights, Steps, Wanted, has_memory, refuse_transforms
@@ -200,6 +201,14 @@ def _shaped(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return x if x.shape == shape else x.reshape(shape)
 
 
+def _is_worth_skipping(x: Tensor, weight: Tensor) -> bool:
+    """``x`` and ``weight`` make a product that gains from it, or somebody wants its hint verified."""
+    if _check.ENABLED or product_pays(x.shape[:-1].numel() * weight.numel(), x.device):
+        return True
+    _report.count("products of linear layers, too small to gain from skipping", f"{weight.shape[1]} units")
+    return False
+
+
 @opaque
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: bool = True) -> Tensor:
     """``torch.nn.functional.linear`` that skips the columns of ``x`` which its hint knows to be zero.
@@ -209,7 +218,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: boo
 
     Args:
         x: ``[..., K]``; weight: ``[N, K]``; bias: ``[N]`` or None.
-        native: use torch's own kernels where nothing can be skipped. False always runs this library's.
+        native: use torch's own kernels where nothing can be skipped, or too little (:mod:`sd_plugin._pays`). False
+            always runs this library's.
 
     Returns:
         ``[..., N]``.
@@ -218,7 +228,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: boo
         ValueError: shapes disagree. TypeError: dtypes or devices disagree.
     """
     hint = hints.lookup(x)
-    if hint is None and native:
+    if native and hint is not None and not _is_worth_skipping(x, weight):
+        hints.waive(x)
+        hint = None
+    if native and hint is None:
         return torch.nn.functional.linear(x, weight, bias)
     shape = torch.Size((1, x.shape[:-1].numel(), x.shape[-1])) if hint is None else hint.shape
     steps = TIME_MAJOR if hint is None else hint.steps

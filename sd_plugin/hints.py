@@ -205,14 +205,6 @@ def waive(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def forget(tensor: Tensor) -> Tensor:
-    """Take the hint off ``tensor``, whose products are better done densely; counted as :func:`waive` does."""
-    waive(tensor)
-    if hasattr(tensor, _ATTRIBUTE):
-        delattr(tensor, _ATTRIBUTE)
-    return tensor
-
-
 def carry(source: Tensor, source_steps: Steps, target: Tensor, steps: Steps) -> Tensor:
     """Give ``target``, the rows of ``source`` in another layout, the hint of ``source``, if it has one.
 

@@ -1,6 +1,15 @@
-"""Hypothesis profiles for all tests: `--hypothesis-profile=explore` looks further than the default."""
+"""For all tests: products skip however small they are, and Hypothesis profiles.
+
+`--hypothesis-profile=explore` looks further than the default.
+"""
+
+import os
 
 from hypothesis import HealthCheck, settings
+
+# Before sd_plugin is imported, here and in the programs that tests start. What is left to torch because it is small has
+# tests of its own.
+os.environ["SD_PLUGIN_SKIP_FROM"] = "0"
 
 settings.register_profile(
     "ci",

@@ -11,7 +11,7 @@ from onmt.modules import GlobalAttention
 
 from .. import hints
 from ..attentional import attentional_decoder, is_available
-from ..cell import StackedStructuredLSTM, SteppedDropout, pays
+from ..cell import StackedStructuredLSTM, SteppedDropout
 from ..dropout import StructuredDropout
 from ..errors import UsageError
 from ..kernels import Steps
@@ -229,18 +229,16 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
                 run, emb, enc_out, lengths, state, feed, drop, query, self.attn.linear_out.weight
             )
             return state, hints.vouch(y), self._attentions(y, align, enc_out)
-        # A dot attention joins the query with the context vector, and no product sees it alone.
-        is_query_worth = self.query_is_multiplied and pays(batch * self.hidden_size**2, emb.device)
         record = _AttentionRecord(self)
         outputs = []
         emb_steps = hints.unbind(emb, _BATCH_FIRST) if run.skips else hints.waive(emb).unbind(1)
         for t, emb_t in enumerate(emb_steps):
             dec_in = hints.cat([emb_t, feed])
             rnn_out, state = run.step(t, dec_in, state)
-            if is_query_worth:
-                hints.vouch(rnn_out)
-            else:
-                hints.forget(rnn_out)
+            hints.vouch(rnn_out)
+            if not self.query_is_multiplied:
+                # A dot attention joins it with the context vector, and no product sees it alone.
+                hints.waive(rnn_out)
             feed = drop(t, self._attend(rnn_out, dec_in, enc_out, src_len, record))
             record.copy(feed, enc_out)
             outputs.append(feed)

@@ -12,7 +12,7 @@ import torch
 
 onmt = pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 
-from sd_plugin import StructuredDropoutLSTM, UsageError, cell, stats  # noqa: E402
+from sd_plugin import StructuredDropoutLSTM, UsageError, _pays, stats  # noqa: E402
 from sd_plugin.attentional import is_available  # noqa: E402
 from sd_plugin.kernels import Kept  # noqa: E402
 from sd_plugin.patches import opennmt as patch  # noqa: E402
@@ -103,7 +103,7 @@ def test_the_decoder_in_one_piece_is_the_one_of_many_steps(
     asked = []
 
     def run(available: bool, pays_from: float = 0) -> tuple[dict[str, torch.Tensor], tuple[int, int]]:
-        monkeypatch.setitem(cell.PAYS_FROM, "cpu", pays_from)
+        monkeypatch.setattr(_pays, "ASKED_FOR", pays_from)
         monkeypatch.setattr(
             "sd_plugin.opennmt.decoder.is_available", lambda emb: asked.append(available) is None and available
         )
@@ -145,7 +145,7 @@ def test_steps_that_skip_are_those_that_torch_multiplies(
     model = models.build(models.options(dropout=[0.4], sd_sampling=sampling, sd_mode=mode, **changes))
 
     def run(pays_from: float) -> tuple[dict[str, torch.Tensor], int]:
-        monkeypatch.setitem(cell.PAYS_FROM, "cpu", pays_from)
+        monkeypatch.setattr(_pays, "ASKED_FOR", pays_from)
         torch.manual_seed(5)
         stats.reset()
         results = models.run(model)
@@ -438,7 +438,6 @@ def test_dropped_columns_of_the_feed_are_those_of_the_step_before(monkeypatch: p
 
     # Step by step, where there is such a tensor.
     monkeypatch.setenv("SD_PLUGIN_BACKEND", "reference")
-    monkeypatch.setitem(cell.PAYS_FROM, "cpu", 0)
     original = hints.cat
 
     def spy(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sd_plugin import cell, stats
+from sd_plugin import stats
 
 
 @pytest.fixture(autouse=True)
@@ -14,9 +14,3 @@ def no_counts() -> Iterator[None]:
     stats.reset()
     yield
     stats.reset()
-
-
-@pytest.fixture
-def steps_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cells that are run step by step skip, however small they are."""
-    monkeypatch.setitem(cell.PAYS_FROM, "cpu", 0)

@@ -184,7 +184,6 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         torch.testing.assert_close(got, right, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.usefixtures("steps_skip")
 @pytest.mark.parametrize("kind", PRODUCTS)
 @pytest.mark.parametrize("way", WAYS)
 def test_training_is_that_of_dense_products(way: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:

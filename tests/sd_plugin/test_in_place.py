@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import sd_plugin
-from sd_plugin import StackedStructuredLSTM, StructuredDropout, StructuredDropoutLSTM, StructuredLinear, cell, stats
+from sd_plugin import StackedStructuredLSTM, StructuredDropout, StructuredDropoutLSTM, StructuredLinear, _pays, stats
 
 STEPS, BATCH, UNITS = 3, 4, 8
 
@@ -70,7 +70,7 @@ def test_results_of_the_lstm(options: dict[str, object], output_dropout: float, 
 
 @pytest.mark.parametrize("pays_from", [0, math.inf], ids=["skipping", "dense"])
 def test_results_of_cells_and_of_dropout(pays_from: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cell.PAYS_FROM, "cpu", pays_from)
+    monkeypatch.setattr(_pays, "ASKED_FOR", pays_from)
     cells = StackedStructuredLSTM(2, UNITS, 5, dropout=0.5, recurrent_dropout=0.5, output_dropout=0.5).double()
     source = torch.randn(BATCH, UNITS, dtype=torch.float64, requires_grad=True)
 
