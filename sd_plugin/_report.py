@@ -32,8 +32,12 @@ def count(what: str, detail: object = None) -> None:
     counts[key] = counts.get(key, 0) + 1
 
 
-def lines() -> list[str]:
-    """One of each, most frequent first, and what cannot be seen; none if no patch has counted or said anything."""
+def lines(dropped: bool) -> list[str]:
+    """One of each, most frequent first, and what cannot be seen; none if no patch has counted or said anything.
+
+    Args:
+        dropped: some unit was, so that nothing left is good news.
+    """
     totals: dict[str, int] = {}
     for (what, _), number in counts.items():
         totals[what] = totals.get(what, 0) + number
@@ -42,7 +46,8 @@ def lines() -> list[str]:
         text.append(f"    {what}{_details(what)}: {total:,}")
     if unseen:
         if not totals:
-            text.append("  nothing of what the patch knows was called in training")
+            none = "left as the program has it" if dropped else "called in training"
+            text.append(f"  nothing of what the patch knows was {none}")
         text.append(f"  not seen, so not counted: {'; '.join(sorted(unseen))}")
     return text
 

@@ -114,7 +114,7 @@ def lines() -> list[str]:
     head = _table() if _sites else [f"{TITLE}: no unit was dropped"]
     for (operation, backend, reason), count in fallbacks.items():
         head.append(f"  {count} calls of {operation} passed over backend {backend}: {reason}")
-    return [*head, *_report.lines()]
+    return [*head, *_report.lines(dropped=bool(_sites))]
 
 
 def _table() -> list[str]:

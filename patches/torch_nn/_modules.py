@@ -64,7 +64,7 @@ def _dropout_steps(module: nn.Dropout, input: Tensor, settings: Settings) -> Ste
     elif input.dim() == 2:
         steps = rows.steps(input)
         if steps is None:
-            count("calls of nn.Dropout on 2-D activations, which have no time steps")
+            count("calls of nn.Dropout on 2-D activations, whose time steps are not known")
         elif _is_a_width(input.shape[-1]) and not _is_left_to_watchers():
             return steps
     else:
