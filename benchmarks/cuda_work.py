@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sd_plugin.bench import precision as bench_precision
-from sd_plugin.kernels import DecoderPatterns, DecoderWeights, Kept, PackedMatrix, PackedWeights, Steps, Wanted, cuda
+from sd_plugin.kernels import (
+    DecoderInputs,
+    DecoderPatterns,
+    DecoderResultGradients,
+    DecoderWeights,
+    Kept,
+    LSTMCall,
+    LSTMResultGradients,
+    PackedMatrix,
+    PackedWeights,
+    Steps,
+    Wanted,
+    cuda,
+)
 from sd_plugin.kernels.cuda import choices, driver, gemm, loss, lstm, packing, pattern, tiling
 from sd_plugin.kernels.cuda import decoder as decoder_kernels
 from sd_plugin.kernels.cuda.driver import Properties, Unit
@@ -210,9 +223,9 @@ def layer_launches(layer: Layer, precision: Precision, skipping: bool) -> dict[s
         biases = [_empty(4 * hidden, dtype=dtype) for _ in range(2)]
         packed = lstm.lstm_pack(*weights, *biases)
         x, state = _empty(steps, batch, hidden, dtype=dtype), _empty(batch, hidden, dtype=dtype)
-        told = (None, _kept(steps, hidden, layer.p) if skipping else None, Steps(), False)
-        y, *_, saved = lstm.lstm_forward(packed, x, state, state, *told)
-        lstm.lstm_backward(packed, y, state, state, x, *told, saved, Wanted())
+        call = LSTMCall(recurrent=_kept(steps, hidden, layer.p) if skipping else None)
+        y, *_, saved = lstm.lstm_forward(packed, x, (state, state), call)
+        lstm.lstm_backward(packed, x, saved, LSTMResultGradients(y, state, state), call, Wanted())
 
     return recorded(run, precision)
 
@@ -300,11 +313,11 @@ def product_launches(precision: Precision) -> dict[str, Launch]:
     def run() -> None:
         x, dy = (_empty(COUNT, BATCH, n, dtype=precision.dtype) for n in (UNITS, OUTPUTS))
         weight, kept = gemm.gemm_pack(_empty(UNITS, OUTPUTS, dtype=precision.dtype)), _kept(COUNT, UNITS, P)
-        gemm.gemm_fp(x, weight, None, kept, Steps())
+        gemm.gemm_fp(x, weight, kept, Steps(), None)
         gemm.gemm_bp(dy, weight, kept, Steps())
         gemm.gemm_wg(x, dy, kept, Steps())
         with _environment(**{choices.PRODUCTS: "dense"}):
-            gemm.gemm_fp(x, weight, None, kept, Steps())
+            gemm.gemm_fp(x, weight, kept, Steps(), None)
 
     return recorded(run, precision)
 
@@ -316,10 +329,10 @@ def cell_launches(precision: Precision) -> dict[str, Launch]:
         dtype = precision.dtype
         packed = lstm.lstm_pack(_empty(OUTPUTS, UNITS, dtype=dtype), _empty(OUTPUTS, UNITS, dtype=dtype), None, None)
         x, state = _empty(2, BATCH, UNITS, dtype=dtype), _empty(BATCH, UNITS, dtype=dtype)
-        told = (None, _kept(2, UNITS, P), Steps(), False)
+        call = LSTMCall(recurrent=_kept(2, UNITS, P))
         with _environment(**{choices.RECURRENCE: "steps"}):
-            y, *_, saved = lstm.lstm_forward(packed, x, state, state, *told)
-            lstm.lstm_backward(packed, y, state, state, x, *told, saved, Wanted())
+            y, *_, saved = lstm.lstm_forward(packed, x, (state, state), call)
+            lstm.lstm_backward(packed, x, saved, LSTMResultGradients(y, state, state), call, Wanted())
 
     return recorded(run, precision)
 
@@ -342,28 +355,26 @@ def decoder_launches(precision: Precision) -> dict[str, Launch]:
     def run() -> None:
         batch, source, hidden = DECODER
         dtype, count = precision.dtype, 2
-        backend: Any = cuda
 
         def cell(inputs: int) -> PackedWeights:
             weights = (_empty(4 * hidden, n, dtype=dtype) for n in (inputs, hidden))
             biases = (_empty(4 * hidden, dtype=dtype) for _ in range(2))
             data = lstm.lstm_pack(*weights, *biases)
-            return PackedWeights(backend, data, inputs, hidden, dtype, torch.device("meta"))
+            return PackedWeights(cuda.BACKEND, data, inputs, hidden, dtype, torch.device("meta"))
 
         def matrix(units: int) -> PackedMatrix:
             data = gemm.gemm_pack(_empty(units, hidden, dtype=dtype))
-            return PackedMatrix(backend, data, (units, hidden), dtype, torch.device("meta"))
+            return PackedMatrix(cuda.BACKEND, data, (units, hidden), dtype, torch.device("meta"))
 
         weights = DecoderWeights((cell(2 * hidden), cell(hidden)), matrix(hidden), matrix(2 * hidden))
         emb, memory = (_empty(batch, n, hidden, dtype=dtype) for n in (count, source))
         lengths, state = _empty(batch, dtype=torch.int32), _empty(2, batch, hidden, dtype=dtype)
         kept = _kept(count, hidden, 0.3)
         patterns = DecoderPatterns(kept, kept, (kept,), (kept, kept), kept, kept)
-        initial = (state, state, state[0])
-        y, h_n, c_n, _, saved = decoder_kernels.decoder_forward(weights, emb, memory, lengths, initial, patterns)
-        decoder_kernels.decoder_backward(
-            weights, y, (h_n, c_n), None, emb, memory, lengths, initial, saved, patterns, True
-        )  # fmt: skip
+        inputs = DecoderInputs(emb, memory, lengths, state, state, state[0])
+        y, h_n, c_n, _, saved = decoder_kernels.decoder_forward(weights, inputs, patterns)
+        gradients = DecoderResultGradients(y, h_n, c_n)
+        decoder_kernels.decoder_backward(weights, inputs, saved, gradients, patterns, True)
 
     return recorded(run, precision)
 
@@ -410,7 +421,7 @@ def pattern_launches(precision: Precision) -> dict[str, Launch]:
 
     def run() -> None:
         pattern.kept_lists(_empty(COUNT, UNITS), kept_count(UNITS, P), P, 2.0)
-        lstm.pattern_of(_kept(COUNT, UNITS, P), COUNT, UNITS, precision)
+        lstm.recurrent_of(_kept(COUNT, UNITS, P), COUNT, UNITS, precision)
 
     return recorded(run, precision)
 

@@ -5,23 +5,26 @@ Functions dispatch to a backend by the operands' device; ``SD_PLUGIN_BACKEND`` f
 by themselves: call them under ``torch.no_grad``, or use :mod:`sd_plugin.functional`.
 """
 
-from .decoder import (
+from .contract import (
+    Backend,
     DecoderGradients,
+    DecoderInputs,
     DecoderPatterns,
     DecoderResult,
+    DecoderResultGradients,
     DecoderWeights,
-    decoder_backward,
-    decoder_forward,
-    has_decoder,
-)
-from .dispatch import BACKENDS, BackendError, choose, choose_for, fallbacks, forced, status
-from .kept import Kept
-from .ops import (
+    LSTMCall,
     LSTMGradients,
     LSTMResult,
+    LSTMResultGradients,
     PackedMatrix,
     PackedWeights,
     Wanted,
+)
+from .decoder import decoder_backward, decoder_forward, has_decoder
+from .dispatch import BACKENDS, BackendError, choose, choose_for, fallbacks, forced, status
+from .kept import Kept
+from .ops import (
     cross_entropy_backward,
     cross_entropy_forward,
     gemm_bp,
@@ -39,14 +42,19 @@ from .storage import has_memory, place, refuse_transforms
 __all__ = [
     "BACKENDS",
     "TIME_MAJOR",
+    "Backend",
     "BackendError",
     "DecoderGradients",
+    "DecoderInputs",
     "DecoderPatterns",
     "DecoderResult",
+    "DecoderResultGradients",
     "DecoderWeights",
     "Kept",
+    "LSTMCall",
     "LSTMGradients",
     "LSTMResult",
+    "LSTMResultGradients",
     "PackedMatrix",
     "PackedWeights",
     "Steps",

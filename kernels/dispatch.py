@@ -14,7 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from .storage import has_memory
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from .kept import Kept
-    from .steps import Steps
+    from .contract import Backend
 
 VARIABLE = "SD_PLUGIN_BACKEND"
 #: Backends by preference, with the device types each is made for (None: every device).
@@ -37,62 +36,16 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and does not exist or cannot run."""
 
 
-class Backend(Protocol):
-    """What a backend's module offers; arguments are checked before it is called.
-
-    Results are memory of their own: no views, since torch forbids to write into a view that an autograd function
-    returns, and not the memory of what a backward call reads, since a write there would go unseen.
-
-    It may also have ``kept_lists``, ``decoder_forward`` and ``decoder_backward`` (:mod:`.decoder`), and ``describe``:
-    how it was built, in words without absolute paths.
-    """
-
-    NAME: str
-
-    def reason_unavailable(self) -> str | None:
-        """Why it cannot run on this machine (no compiler, no GPU, ...); None when it can."""
-
-    def reason_unsupported(self, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why it cannot do this call; None when it can."""
-
-    def gemm_pack(self, weight_t: Tensor) -> Any:
-        """A weight in the backend's own layout; never a view of it."""
-
-    def gemm_fp(self, x: Tensor, weight: Any, bias: Tensor | None, kept: Kept | None, steps: Steps) -> Tensor:
-        """Column-sparse input product."""
-
-    def gemm_bp(self, dy: Tensor, weight: Any, kept: Kept | None, steps: Steps) -> Tensor:
-        """Column-sparse output product."""
-
-    def gemm_wg(self, x: Tensor, dy: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
-        """Row-sparse output product."""
-
-    def cross_entropy_forward(self, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood of each row."""
-
-    def cross_entropy_backward(self, logits: Tensor, *args: Any) -> Tensor:
-        """Its gradient."""
-
-    def lstm_pack(self, weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Any:
-        """Parameters in the backend's own layout."""
-
-    def lstm_forward(self, packed: Any, *args: Any) -> Any:
-        """A layer over a sequence."""
-
-    def lstm_backward(self, packed: Any, *args: Any) -> Any:
-        """Its gradients."""
-
-
 @cache
 def _load(name: str) -> tuple[Backend | None, str | None]:
-    """The backend's module, or why there is none. Asked once per process: the answer cannot change."""
+    """The backend, or why there is none. Asked once per process: the answer cannot change."""
     package = f"{__package__}.{name}"
     spec = importlib.util.find_spec(package)
     # A folder without an __init__.py is what another version leaves behind, __pycache__ mostly.
     if spec is None or (spec.origin is None and spec.submodule_search_locations is not None):
         return None, _NOT_INCLUDED
     try:
-        backend: Any = importlib.import_module(package)
+        backend: Backend = importlib.import_module(package).BACKEND
     except (ImportError, OSError) as error:
         return None, f"it failed to import ({error})"
     reason = backend.reason_unavailable()

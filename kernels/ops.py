@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import reference
-from .dispatch import Backend, choose_for
+from .contract import (
+    LSTMCall,
+    LSTMGradients,
+    LSTMResult,
+    LSTMResultGradients,
+    PackedMatrix,
+    PackedWeights,
+    Wanted,
+)
+from .dispatch import choose_for
 from .kept import Kept
 from .steps import TIME_MAJOR, Steps
 from .storage import has_memory
@@ -15,18 +23,9 @@ from .storage import has_memory
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .contract import Pattern
 
-class PackedMatrix(NamedTuple):
-    """A weight in the layout of the backend that will multiply it.
-
-    A snapshot: pack again after the weight has changed.
-    """
-
-    backend: Backend
-    data: Any
-    shape: tuple[int, int]  #: ``(K, N)``
-    dtype: torch.dtype
-    device: torch.device
+_PLAIN, _EVERYTHING = LSTMCall(), Wanted()
 
 
 def kept_lists(noise: Tensor, count: int | None, p: float, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -48,9 +47,7 @@ def kept_lists(noise: Tensor, count: int | None, p: float, scale: float) -> tupl
     if noise.dim() != 2 or (count is not None and not 0 <= count <= noise.shape[1]):
         raise ValueError(f"need noise [T, H] with H >= count, got {tuple(noise.shape)} and {count}")
     backend = choose_for("kept_lists", noise, counted=False)
-    # A CPU sorts as fast as torch does.
-    made = getattr(backend, "kept_lists", reference.kept_lists)
-    return made(noise, count, p, scale)
+    return backend.kept_lists(noise, count, p, scale)
 
 
 def gemm_pack(weight_t: Tensor) -> PackedMatrix:
@@ -101,7 +98,7 @@ def gemm_fp(
             raise ValueError(f"bias must be [{weight_t.shape[1]}], got {tuple(bias.shape)}")
         _check_same_kind("bias", bias, x)
     packed = _packed("gemm_fp", weight_t)
-    return packed.backend.gemm_fp(x, packed.data, bias, kept, steps)
+    return packed.backend.gemm_fp(x, packed.data, kept, steps, bias)
 
 
 def gemm_bp(dy: Tensor, weight_t: Tensor | PackedMatrix, kept: Kept | None = None, steps: Steps = TIME_MAJOR) -> Tensor:
@@ -201,20 +198,6 @@ def cross_entropy_backward(
     return backend.cross_entropy_backward(logits, target, ignore_index, label_smoothing, lse, scale)
 
 
-class PackedWeights(NamedTuple):
-    """An LSTM layer's weights in the layout of the backend that will multiply them.
-
-    A snapshot: pack again after the parameters have changed.
-    """
-
-    backend: Backend
-    data: Any
-    input_size: int
-    hidden_size: int
-    dtype: torch.dtype
-    device: torch.device
-
-
 def lstm_pack(
     weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None = None, bias_hh: Tensor | None = None
 ) -> PackedWeights:
@@ -243,128 +226,66 @@ def lstm_pack(
     return PackedWeights(backend, data, weight_ih.shape[1], hidden, weight_ih.dtype, weight_ih.device)
 
 
-class LSTMResult(NamedTuple):
-    """What :func:`lstm_forward` returns."""
-
-    y: Tensor  #: ``[T, B, H]`` (or as ``steps`` says): ``h_t``, undropped
-    h_n: Tensor  #: ``[B, H]``
-    c_n: Tensor  #: ``[B, H]``
-    saved: tuple[Tensor, ...]  #: for :func:`lstm_backward` alone
-
-
-def lstm_forward(
-    packed: PackedWeights,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    kept_x: Kept | None = None,
-    pattern_h: Kept | Tensor | None = None,
-    steps: Steps = TIME_MAJOR,
-    reverse: bool = False,
-) -> LSTMResult:
+def lstm_forward(packed: PackedWeights, x: Tensor, state: tuple[Tensor, Tensor], call: LSTMCall = _PLAIN) -> LSTMResult:
     """One LSTM layer, one direction, over a sequence, skipping dropped units in both products.
 
-    ``gates_t = x_t[:, kept_x[t]] W_ih + drop_t(h_{t-1}) W_hh + b``; ``c_t`` and the emitted ``h_t`` stay undropped.
+    ``gates_t = x_t[:, input[t]] W_ih + drop_t(h_{t-1}) W_hh + b``; ``c_t`` and the emitted ``h_t`` stay undropped.
 
     Args:
         packed: the layer's weights from :func:`lstm_pack`.
-        x: ``[T, B, I]`` (or as ``steps`` says), already dropped and scaled.
-        h0, c0: initial state ``[B, H]``, rows in the order of ``x`` (packed data: longest first).
-        kept_x: columns of ``x`` that are not zero, ``[T, k]``; its scale applies on top (use
-            :meth:`Kept.unscaled` for an input that carries its scale).
-        pattern_h: recurrent dropout: kept units ``[T, k]`` of ``H`` with their scale, or a dense multiplier
-            ``[T, B, H]`` (random dropout: nothing is skipped), or None.
-        steps: which rows belong to which time step.
-        reverse: run from the last step to the first.
+        x: ``[T, B, I]`` (or as ``call.steps`` says), already dropped and scaled.
+        state: ``h_0`` and ``c_0``, ``[B, H]``, rows in the order of ``x`` (packed data: longest first).
+        call: what is dropped, which rows belong to which time step, and the direction.
 
     Raises:
         ValueError: shapes, steps or sizes disagree. TypeError: dtypes or devices disagree.
 
     Source: the paper, equations 1-4 and section 3.2; ``torch.nn.LSTM`` for the cell.
     """
-    _check_lstm(packed, x, kept_x, pattern_h, steps, ("h0", h0), ("c0", c0))
-    return LSTMResult(*packed.backend.lstm_forward(packed.data, x, h0, c0, kept_x, pattern_h, steps, reverse))
-
-
-class Wanted(NamedTuple):
-    """Which gradients of a layer are worth computing; those of the initial state always are.
-
-    Those of the gates are for whoever makes one product for the weights' gradients of several calls.
-    """
-
-    x: bool = True
-    weight_ih: bool = True
-    weight_hh: bool = True
-    bias: bool = True
-    gates: bool = False
-
-
-class LSTMGradients(NamedTuple):
-    """What :func:`lstm_backward` returns: gradients in the shapes of what they belong to; None where not wanted."""
-
-    x: Tensor | None
-    h0: Tensor
-    c0: Tensor
-    weight_ih: Tensor | None
-    weight_hh: Tensor | None
-    bias: Tensor | None
-    gates: Tensor | None  #: ``[T, B, 4H]`` (or as ``steps`` says), of the pre-activations of i, f, g, o
+    h0, c0 = state
+    _check_lstm(packed, x, call, ("h0", h0), ("c0", c0))
+    return packed.backend.lstm_forward(packed.data, x, state, call)
 
 
 def lstm_backward(
     packed: PackedWeights,
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
     x: Tensor,
-    saved: tuple[Tensor, ...],
-    kept_x: Kept | None = None,
-    pattern_h: Kept | Tensor | None = None,
-    steps: Steps = TIME_MAJOR,
-    reverse: bool = False,
-    wanted: Wanted | None = None,
+    saved: Any,
+    gradients: LSTMResultGradients,
+    call: LSTMCall = _PLAIN,
+    wanted: Wanted = _EVERYTHING,
 ) -> LSTMGradients:
-    """Gradients of :func:`lstm_forward`; arguments as given to it, ``saved`` as returned by it.
+    """Gradients of :func:`lstm_forward`; ``packed``, ``x`` and ``call`` as given to it, ``saved`` as returned by it.
 
     Args:
-        dy: gradient of ``y``, its shape; dh_n, dc_n: gradients of the final state, ``[B, H]``.
-        wanted: what to compute; everything when None.
+        gradients: of its results.
+        wanted: what to compute.
 
     Raises:
         ValueError: shapes, steps or sizes disagree. TypeError: dtypes or devices disagree.
     """
-    _check_lstm(packed, x, kept_x, pattern_h, steps, ("dh_n", dh_n), ("dc_n", dc_n))
+    _check_lstm(packed, x, call, ("dh_n", gradients.h_n), ("dc_n", gradients.c_n))
     rows = (*x.shape[:-1], packed.hidden_size)
-    if dy.shape != rows:
-        raise ValueError(f"dy must be {list(rows)}, got {tuple(dy.shape)}")
-    _check_same_kind("dy", dy, x)
-    grads = packed.backend.lstm_backward(
-        packed.data, dy, dh_n, dc_n, x, kept_x, pattern_h, steps, reverse, saved, wanted or Wanted()
-    )
-    return LSTMGradients(*grads)
+    if gradients.y.shape != rows:
+        raise ValueError(f"dy must be {list(rows)}, got {tuple(gradients.y.shape)}")
+    _check_same_kind("dy", gradients.y, x)
+    return packed.backend.lstm_backward(packed.data, x, saved, gradients, call, wanted)
 
 
-def _check_lstm(
-    packed: PackedWeights,
-    x: Tensor,
-    kept_x: Kept | None,
-    pattern_h: Kept | Tensor | None,
-    steps: Steps,
-    *states: tuple[str, Tensor],
-) -> None:
+def _check_lstm(packed: PackedWeights, x: Tensor, call: LSTMCall, *states: tuple[str, Tensor]) -> None:
     """Raise unless ``x``, its patterns and the named ``[B, H]`` states fit each other and the weights."""
-    steps.check("x", x)
+    call.steps.check("x", x)
     if x.shape[-1] != packed.input_size:
         raise ValueError(f"x has {x.shape[-1]} columns, the weights take {packed.input_size}")
     if x.dtype != packed.dtype or x.device != packed.device:
         raise TypeError(f"x is {x.dtype} on {x.device}, the weights {packed.dtype} on {packed.device}")
-    count, batch = steps.count(x), steps.batch(x)
+    count, batch = call.steps.count(x), call.steps.batch(x)
     for name, state in states:
         if state.shape != (batch, packed.hidden_size):
             raise ValueError(f"{name} must be [{batch}, {packed.hidden_size}], got {tuple(state.shape)}")
         _check_same_kind(name, state, x)
-    _check_kept("kept_x", kept_x, count, packed.input_size, x)
-    _check_recurrent(pattern_h, count, batch, packed.hidden_size, x)
+    _check_kept("input", call.input, count, packed.input_size, x)
+    _check_recurrent(call.recurrent, count, batch, packed.hidden_size, x)
 
 
 def _packed(operation: str, weight_t: Tensor | PackedMatrix) -> PackedMatrix:
@@ -399,10 +320,10 @@ def _check_kept(name: str, kept: Kept | None, count: int, size: int, x: Tensor) 
         raise TypeError(f"{name} is on {kept.indices.device}, the activations on {x.device}")
 
 
-def _check_recurrent(pattern: Kept | Tensor | None, count: int, batch: int, hidden: int, x: Tensor) -> None:
+def _check_recurrent(pattern: Pattern, count: int, batch: int, hidden: int, x: Tensor) -> None:
     if pattern is None or isinstance(pattern, Kept):
-        _check_kept("pattern_h", pattern, count, hidden, x)
+        _check_kept("recurrent", pattern, count, hidden, x)
     elif pattern.shape != (count, batch, hidden):
-        raise ValueError(f"pattern_h must be [{count}, {batch}, {hidden}], got {tuple(pattern.shape)}")
+        raise ValueError(f"recurrent must be [{count}, {batch}, {hidden}], got {tuple(pattern.shape)}")
     else:
-        _check_same_kind("pattern_h", pattern, x)
+        _check_same_kind("recurrent", pattern, x)

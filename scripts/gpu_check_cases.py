@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from gpu_check_decoder import decoder_case
@@ -11,7 +11,7 @@ from gpu_check_machine import Machine, Precision, shapes
 from torch import Tensor
 
 from sd_plugin import kernels
-from sd_plugin.kernels import TIME_MAJOR, Kept, Steps
+from sd_plugin.kernels import TIME_MAJOR, Kept, LSTMCall, LSTMResultGradients, Steps
 from sd_plugin.patterns import draw_kept, draw_mask
 
 
@@ -162,6 +162,11 @@ class LayerRun:
         operands = {name: tensor.double() for name, tensor in self.operands.items()}
         return LayerRun(operands, self.steps, self.kept, pattern, self.reverse)
 
+    @property
+    def call(self) -> LSTMCall:
+        """What both passes are told."""
+        return LSTMCall(self.kept, self.pattern, self.steps, self.reverse)
+
     def pack(self) -> kernels.PackedWeights:
         """The weights as our kernels want them."""
         return kernels.lstm_pack(*(self.operands[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")))
@@ -169,14 +174,12 @@ class LayerRun:
     def forward(self, packed: kernels.PackedWeights) -> kernels.LSTMResult:
         """The forward pass."""
         x, h0, c0 = (self.operands[name] for name in ("x", "h0", "c0"))
-        return kernels.lstm_forward(packed, x, h0, c0, self.kept, self.pattern, self.steps, self.reverse)
+        return kernels.lstm_forward(packed, x, (h0, c0), self.call)
 
-    def backward(self, packed: kernels.PackedWeights, saved: tuple[Tensor, ...]) -> kernels.LSTMGradients:
+    def backward(self, packed: kernels.PackedWeights, saved: Any) -> kernels.LSTMGradients:
         """The backward pass."""
         dy, dh_n, dc_n, x = (self.operands[name] for name in ("dy", "dh_n", "dc_n", "x"))
-        return kernels.lstm_backward(
-            packed, dy, dh_n, dc_n, x, saved, self.kept, self.pattern, self.steps, self.reverse
-        )  # fmt: skip
+        return kernels.lstm_backward(packed, x, saved, LSTMResultGradients(dy, dh_n, dc_n), self.call)
 
     def __call__(self) -> dict[str, Tensor]:
         """Both passes; every result by its name."""

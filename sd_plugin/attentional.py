@@ -14,7 +14,15 @@ from . import _check, _stash, hints, kernels
 from ._autocast import autocast_dtype
 from ._compile import opaque
 from .functional import Operand, Operation, once_differentiable, pack_parameters
-from .kernels import DecoderPatterns, DecoderWeights, Kept, Steps, has_memory
+from .kernels import (
+    DecoderInputs,
+    DecoderPatterns,
+    DecoderResultGradients,
+    DecoderWeights,
+    Kept,
+    Steps,
+    has_memory,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,9 +63,9 @@ class _AttentionalDecoder(Operation):
         call: _Call,
         *parameters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        state = (h0, c0, feed)
-        y, h_n, c_n, align, saved = kernels.decoder_forward(weights, emb, memory, lengths, state, call.patterns)
-        _stash.save(ctx, emb, memory, lengths, state, weights, saved)
+        inputs = DecoderInputs(emb, memory, lengths, h0, c0, feed)
+        y, h_n, c_n, align, saved = kernels.decoder_forward(weights, inputs, call.patterns)
+        _stash.save(ctx, inputs, weights, saved)
         ctx.call = call
         # A gradient that nobody has is not filled with zeros.
         ctx.set_materialize_grads(False)
@@ -69,32 +77,33 @@ class _AttentionalDecoder(Operation):
     def backward(
         ctx: Any, dy: Tensor | None, dh_n: Tensor | None, dc_n: Tensor | None, dalign: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        emb, memory, lengths, state, weights, saved = _stash.saved(ctx)
+        inputs, weights, saved = _stash.saved(ctx)
         call: _Call = ctx.call
-        patterns = call.patterns
-        h0, c0, feed = state
+        patterns, emb, feed = call.patterns, inputs.emb, inputs.feed0
         if _check.ENABLED:
             call.embedding.check(emb, _BATCH_FIRST, "at the backward pass")
         if ctx.needs_input_grad[0] and call.embedding.is_read:
             # What was saved holds kept columns only, and to run it again is as rare as that somebody looks.
             patterns = replace(patterns, embedding=None)
-            saved = kernels.decoder_forward(weights, emb, memory, lengths, state, patterns).saved
-        dy = emb.new_zeros(*emb.shape[:2], feed.shape[1]) if dy is None else dy
-        dstate = (torch.zeros_like(h0) if dh_n is None else dh_n, torch.zeros_like(c0) if dc_n is None else dc_n)
-        wanted = ctx.needs_input_grad[8:]
-        grads = kernels.decoder_backward(
-            weights, dy, dstate, dalign, emb, memory, lengths, state, saved, patterns, any(wanted)
+            saved = kernels.decoder_forward(weights, inputs, patterns).saved
+        gradients = DecoderResultGradients(
+            emb.new_zeros(*emb.shape[:2], feed.shape[1]) if dy is None else dy,
+            torch.zeros_like(inputs.h0) if dh_n is None else dh_n,
+            torch.zeros_like(inputs.c0) if dc_n is None else dc_n,
+            dalign,
         )
+        wanted = ctx.needs_input_grad[8:]
+        grads = kernels.decoder_backward(weights, inputs, saved, gradients, patterns, any(wanted))
         call.count(1 + any(wanted))
-        gradients = (grads.emb, grads.memory, None, grads.h0, grads.c0, grads.feed0, None, None)
+        of_inputs = (grads.emb, grads.memory, None, grads.h0, grads.c0, grads.feed0, None, None)
         if not any(wanted):
-            return (*gradients, *(None for _ in wanted))
+            return (*of_inputs, *(None for _ in wanted))
         of_cells: list[Tensor] = []
         for dw, du, dbias in grads.cells:
             # A copy: torch may accumulate into the tensor it is given.
             of_cells += [dw, du, dbias, dbias.clone()]
         of_parameters = [*of_cells, grads.query, grads.join]
-        return (*gradients, *(grad if want else None for grad, want in zip(of_parameters, wanted, strict=True)))
+        return (*of_inputs, *(grad if want else None for grad, want in zip(of_parameters, wanted, strict=True)))
 
 
 def is_available(like: Tensor) -> bool:
@@ -150,7 +159,7 @@ def attentional_decoder(
     counted += [(operand, rows, 4 * hidden) for operand in (*between, *recurrent)]
     if query_weight is not None:
         counted.append((query, rows, hidden))
-    call = _Call(patterns, embedding, counted, weights.join.backend.NAME)
+    call = _Call(patterns, embedding, counted, weights.join.backend.name)
     parameters = [parameter for parameters in run.parameters for parameter in parameters]
     y, h_n, c_n, align = _AttentionalDecoder.apply(
         emb, memory, lengths, *state, feed, weights, call, *parameters, query_weight, join_weight

@@ -19,7 +19,18 @@ from ._compile import opaque
 from ._pays import product_pays
 from ._route import Route
 from .hints import Draw, Part
-from .kernels import TIME_MAJOR, Kept, LSTMGradients, PackedWeights, Steps, Wanted, has_memory, refuse_transforms
+from .kernels import (
+    TIME_MAJOR,
+    Kept,
+    LSTMCall,
+    LSTMGradients,
+    LSTMResultGradients,
+    PackedWeights,
+    Steps,
+    Wanted,
+    has_memory,
+    refuse_transforms,
+)
 from .patterns import Case
 from .patterns import draw as draw_pattern
 
@@ -177,7 +188,7 @@ class _Linear(Operation):
         # The tensor that it was given, which lives as long: whoever hooks it still shows at the backward pass.
         _stash.save(ctx, x, packed)
         ctx.operand, ctx.steps, ctx.shape = operand, steps, shape
-        operand.count(x.shape[:-1].numel(), weight.shape[0], packed.backend.NAME, 1)
+        operand.count(x.shape[:-1].numel(), weight.shape[0], packed.backend.name, 1)
         return y
 
     @staticmethod
@@ -193,7 +204,7 @@ class _Linear(Operation):
             dx = _shaped(kernels.gemm_bp(dy, packed, None if is_read else kept, steps), x.shape) if needs_x else None
             dweight = kernels.gemm_wg(rows, dy, kept, steps).t() if needs_weight else None
             dbias = dy.flatten(0, -2).sum(0) if needs_bias else None
-        operand.count(x.shape[:-1].numel(), dy.shape[-1], packed.backend.NAME, needs_x + needs_weight, is_read)
+        operand.count(x.shape[:-1].numel(), dy.shape[-1], packed.backend.name, needs_x + needs_weight, is_read)
         return dx, dweight, dbias, None, None, None
 
 
@@ -256,6 +267,10 @@ class LayerCall:
     steps: Steps
     reverse: bool = False
 
+    def of_kernels(self, whole_input: bool = False) -> LSTMCall:
+        """As the kernels take it; ``whole_input``: products visit every column of the input."""
+        return LSTMCall(None if whole_input else self.input.kept, self.recurrent.pattern, self.steps, self.reverse)
+
     def count(self, x: Tensor, hidden: int, backend: str, products: int) -> None:
         """Count ``products`` input products and as many recurrent ones."""
         rows = x.shape[:-1].numel()
@@ -280,12 +295,10 @@ class _LSTMLayer(Operation):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(x.device.type):
             packed = kernels.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh)
-            y, h_n, c_n, saved = kernels.lstm_forward(
-                packed, x, h0, c0, call.input.kept, call.recurrent.pattern, call.steps, call.reverse
-            )
+            y, h_n, c_n, saved = kernels.lstm_forward(packed, x, (h0, c0), call.of_kernels())
         _stash.save(ctx, x, saved, packed)
         ctx.call = call
-        call.count(x, packed.hidden_size, packed.backend.NAME, 1)
+        call.count(x, packed.hidden_size, packed.backend.name, 1)
         return y, h_n, c_n
 
     @staticmethod
@@ -294,7 +307,8 @@ class _LSTMLayer(Operation):
         x, saved, packed = _stash.saved(ctx)
         needs_x, _, _, needs_weight_ih, needs_weight_hh, needs_bias_ih, needs_bias_hh, _ = ctx.needs_input_grad
         wanted = Wanted(needs_x, needs_weight_ih, needs_weight_hh, needs_bias_ih or needs_bias_hh)
-        grads, _ = layer_gradients(ctx.call, packed, dy, dh_n, dc_n, x, saved, wanted)
+        gradients = LSTMResultGradients(dy, dh_n, dc_n)
+        grads, _ = layer_gradients(ctx.call, packed, x, saved, gradients, wanted)
         return (
             grads.x,
             grads.h0,
@@ -311,11 +325,9 @@ class _LSTMLayer(Operation):
 def layer_gradients(
     call: LayerCall,
     packed: PackedWeights,
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
     x: Tensor,
-    saved: tuple[Tensor, ...],
+    saved: Any,
+    gradients: LSTMResultGradients,
     wanted: Wanted,
 ) -> tuple[LSTMGradients, Kept | None]:
     """What autograd asks of a layer: :func:`sd_plugin.kernels.lstm_backward`, checked and counted.
@@ -327,16 +339,14 @@ def layer_gradients(
         call.input.check(x, call.steps, "at the backward pass")
     # A dense gradient of the weight, too, then, to which zeros add nothing.
     is_read = wanted.x and call.input.is_read
-    kept_x = None if is_read else call.input.kept
+    of_kernels = call.of_kernels(whole_input=is_read)
     with without_autocast(x.device.type):
-        grads = kernels.lstm_backward(
-            packed, dy, dh_n, dc_n, x, saved, kept_x, call.recurrent.pattern, call.steps, call.reverse, wanted
-        )
-    hidden, backend = packed.hidden_size, packed.backend.NAME
+        grads = kernels.lstm_backward(packed, x, saved, gradients, of_kernels, wanted)
+    hidden, backend = packed.hidden_size, packed.backend.name
     rows, products = x.shape[:-1].numel(), wanted.x + (wanted.weight_ih or wanted.gates)
     call.input.count(rows, 4 * hidden, backend, products, products if is_read else 0)
     call.recurrent.count(rows, 4 * hidden, backend, 1 + (wanted.weight_hh or wanted.gates))
-    return grads, kept_x
+    return grads, of_kernels.input
 
 
 @opaque

@@ -99,4 +99,4 @@ class FusedCrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 def _is_supported(logits: Tensor) -> bool:
-    return kernels.choose_for("cross_entropy", logits, counted=False).NAME != "reference"
+    return kernels.choose_for("cross_entropy", logits, counted=False).name != "reference"

@@ -16,7 +16,7 @@ from . import _stash, kernels
 from ._autocast import cast_for_autocast, without_autocast
 from ._compile import opaque
 from .functional import LayerCall, Operand, Operation, layer_gradients, once_differentiable
-from .kernels import TIME_MAJOR, Kept, Steps, Wanted
+from .kernels import TIME_MAJOR, Kept, LSTMResultGradients, Steps, Wanted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,15 +32,15 @@ class _Finished:
     """What the backward pass of one step leaves for the gradient of the weights.
 
     Attributes:
-        x: ``[B, I]`` its input, and ``kept_x``, the columns that are not zero; None: any.
-        h: ``[B, H]`` the state before it, undropped, and ``pattern_h``, what the product dropped of it.
+        x: ``[B, I]`` its input, and ``input``, the columns that are not zero; None: any.
+        h: ``[B, H]`` the state before it, undropped, and ``recurrent``, what the product dropped of it.
         gates: ``[B, 4H]``, gradient of the gates' pre-activations.
     """
 
     x: Tensor
-    kept_x: Kept | None
+    input: Kept | None
     h: Tensor
-    pattern_h: Kept | Tensor | None
+    recurrent: Kept | Tensor | None
     gates: Tensor
 
 
@@ -110,14 +110,14 @@ def _joined(parts: list[Tensor], rows: tuple[int, ...]) -> Tensor:
 def _input_product(steps: list[_Finished], rows: tuple[int, ...], gates: Tensor, layout: Steps) -> Tensor:
     """Gradient ``[4H, I]`` of the input's weight."""
     x = _joined([step.x for step in steps], rows)
-    return kernels.gemm_wg(x, gates, _in_time([step.kept_x for step in steps], x), layout).t()
+    return kernels.gemm_wg(x, gates, _in_time([step.input for step in steps], x), layout).t()
 
 
 def _recurrent_product(steps: list[_Finished], rows: tuple[int, ...], gates: Tensor, layout: Steps) -> Tensor:
     """Gradient ``[4H, H]`` of the recurrent weight."""
     operands, patterns = [], []
     for step in steps:
-        pattern = step.pattern_h
+        pattern = step.recurrent
         is_mask = isinstance(pattern, torch.Tensor)
         operands.append(step.h * pattern[0, : step.h.shape[0]] if is_mask else step.h)  # type: ignore[index]
         patterns.append(pattern if isinstance(pattern, Kept) else None)
@@ -142,12 +142,10 @@ class _Step(Operation):
     ) -> tuple[Tensor, Tensor]:
         layer = call.layer
         with without_autocast(x.device.type):
-            _, h, c, saved = kernels.lstm_forward(
-                packed, x.unsqueeze(0), h0, c0, layer.input.kept, layer.recurrent.pattern, TIME_MAJOR
-            )
+            _, h, c, saved = kernels.lstm_forward(packed, x.unsqueeze(0), (h0, c0), layer.of_kernels())
         _stash.save(ctx, x, h0, token, saved, packed)
         ctx.call = call
-        layer.count(x, packed.hidden_size, packed.backend.NAME, 1)
+        layer.count(x, packed.hidden_size, packed.backend.name, 1)
         return h, c
 
     @staticmethod
@@ -158,10 +156,10 @@ class _Step(Operation):
         layer: LayerCall = ctx.call.layer
         wanted = Wanted(needs_x, False, False, False, gates=needs_weights)
         # The state is all of the output, and its gradient is given once.
-        dy = torch.zeros_like(dh).unsqueeze(0)
-        grads, kept_x = layer_gradients(layer, packed, dy, dh, dc, x.unsqueeze(0), saved, wanted)
+        gradients = LSTMResultGradients(torch.zeros_like(dh).unsqueeze(0), dh, dc)
+        grads, input = layer_gradients(layer, packed, x.unsqueeze(0), saved, gradients, wanted)
         if grads.gates is not None:
-            ctx.call.gathered.add(_Finished(x, kept_x, h0, layer.recurrent.pattern, grads.gates[0]))
+            ctx.call.gathered.add(_Finished(x, input, h0, layer.recurrent.pattern, grads.gates[0]))
         dx = None if grads.x is None else grads.x[0]
         return dx, grads.h0, grads.c0, torch.zeros_like(token) if needs_weights else None, None, None
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..contract import DecoderGradients, DecoderResult
 from ..kept import Kept
 from ..steps import Steps
 from .gemm import opmath
@@ -31,7 +32,7 @@ from .memory import empty
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..decoder import DecoderPatterns, DecoderWeights
+    from ..contract import DecoderInputs, DecoderPatterns, DecoderResultGradients, DecoderWeights, Pattern
 
 _BATCH_FIRST = Steps(1)
 
@@ -63,33 +64,26 @@ def _inputs(emb: Tensor, patterns: DecoderPatterns, hidden: int) -> Kept | None:
     return Kept.concat(parts)
 
 
-class _Call:
-    """The structure of a call, with the tensors that must outlive it."""
+class _Arguments:
+    """The structure that the library takes, with the tensors that must outlive it."""
 
-    def __init__(
-        self,
-        weights: DecoderWeights,
-        emb: Tensor,
-        memory: Tensor,
-        lengths: Tensor,
-        state: tuple[Tensor, Tensor, Tensor],
-        patterns: DecoderPatterns,
-    ) -> None:
-        self.weights, self.emb, self.memory = weights, adjacent(emb), memory.contiguous()
-        self.state = [tensor.contiguous() for tensor in state]
-        self.lengths = lengths.to(torch.int32).contiguous()
+    def __init__(self, weights: DecoderWeights, inputs: DecoderInputs, patterns: DecoderPatterns) -> None:
+        math = opmath(inputs.emb.dtype)
+        self.weights, self.emb, self.memory = weights, adjacent(inputs.emb.to(math)), _dense(inputs.memory, math)
+        self.state = [_dense(tensor, math) for tensor in (inputs.h0, inputs.c0, inputs.feed0)]
+        self.lengths = inputs.lengths.to(torch.int32).contiguous()
         self.hidden, self.layers = weights.join.shape[1], len(weights.cells)
-        self.inputs = [_inputs(emb, patterns, self.hidden), *patterns.between]
+        self.inputs = [_inputs(self.emb, patterns, self.hidden), *patterns.between]
         self.patterns = patterns
         self.alive: list[Any] = []
 
-    def kept(self, pattern: Kept | Tensor | None, size: int) -> CKept:
+    def kept(self, pattern: Pattern, size: int) -> CKept:
         """The pattern's kept units as the library takes them: all of them beside a multiplier."""
         structure, indices = c_kept(None if isinstance(pattern, torch.Tensor) else pattern, size)
         self.alive.append(indices)
         return structure
 
-    def mask(self, pattern: Kept | Tensor | None) -> Tensor | None:
+    def mask(self, pattern: Pattern) -> Tensor | None:
         """The pattern as a multiplier, if it is one."""
         if not isinstance(pattern, torch.Tensor):
             return None
@@ -103,7 +97,7 @@ class _Call:
         dtype, rows, hidden = self.emb.dtype, batch * count, self.hidden
         width, panels = panel_width(dtype), panels_of_layer(hidden, dtype)
 
-        def compact(pattern: Kept | Tensor | None, size: int) -> Tensor:
+        def compact(pattern: Pattern, size: int) -> Tensor:
             return empty((pattern.width if isinstance(pattern, Kept) else size) * rows, dtype=dtype)
 
         return Saved(
@@ -120,8 +114,10 @@ class _Call:
         """The call; valid while this object and ``saved`` live."""
         cells = [cell.data for cell in self.weights.cells]
         sizes = [cell.input_size for cell in self.weights.cells]
-        kept_x = (CKept * self.layers)(*map(self.kept, self.inputs, sizes))
-        kept_h = (CKept * self.layers)(*(self.kept(pattern, self.hidden) for pattern in self.patterns.recurrent))
+        kept_input = (CKept * self.layers)(*map(self.kept, self.inputs, sizes))
+        kept_recurrent = (CKept * self.layers)(
+            *(self.kept(pattern, self.hidden) for pattern in self.patterns.recurrent)
+        )
         h0, c0, feed = self.state
         query = self.weights.query
         return CDecoder(
@@ -129,7 +125,7 @@ class _Call:
             _addresses([cell.weight_ih for cell in cells]), _addresses([cell.weight_hh for cell in cells]),
             _addresses([cell.bias for cell in cells]),
             None if query is None else pointer(query.data.panels), pointer(self.weights.join.data.panels),
-            c_rows(self.emb, _BATCH_FIRST), kept_x, kept_h,
+            c_rows(self.emb, _BATCH_FIRST), kept_input, kept_recurrent,
             self.kept(self.patterns.query, self.hidden), self.kept(self.patterns.output, self.hidden),
             _addresses([self.mask(pattern) for pattern in self.patterns.recurrent]),
             _addresses([self.mask(pattern) for pattern in self.patterns.between]),
@@ -141,51 +137,38 @@ class _Call:
         )  # fmt: skip
 
 
-def decoder_forward(
-    weights: DecoderWeights,
-    emb: Tensor,
-    memory: Tensor,
-    lengths: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
-    patterns: DecoderPatterns,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Saved]:
+def decoder_forward(weights: DecoderWeights, inputs: DecoderInputs, patterns: DecoderPatterns) -> DecoderResult:
     """See :func:`sd_plugin.kernels.decoder_forward`."""
-    dtype, math = emb.dtype, opmath(emb.dtype)
-    h0, c0, feed = (tensor.to(math) for tensor in state)
-    call = _Call(weights, emb.to(math), memory.to(math), lengths, (h0, c0, feed), patterns)
-    saved = call.saved()
-    y = empty(*emb.shape[:2], call.hidden, dtype=math)
+    dtype = inputs.emb.dtype
+    call = _Arguments(weights, inputs, patterns)
+    math, saved = call.emb.dtype, call.saved()
+    y = empty(*call.emb.shape[:2], call.hidden, dtype=math)
     h_n, c_n = torch.empty_like(call.state[0]), torch.empty_like(call.state[1])
     out = CDecoderOut(c_rows(y, _BATCH_FIRST), pointer(h_n), pointer(c_n))
     structure = call.structure(saved)
     function("sd_decoder_forward", math)(torch.get_num_threads(), byref(structure), byref(out))
     # Copied: the backward call needs what the attention was, whatever the program makes of the result.
     align = saved.align.to(dtype, copy=True)
-    return y.to(dtype), h_n.to(dtype), c_n.to(dtype), align, saved
+    return DecoderResult(y.to(dtype), h_n.to(dtype), c_n.to(dtype), align, saved)
 
 
 def decoder_backward(
     weights: DecoderWeights,
-    dy: Tensor,
-    dstate: tuple[Tensor, Tensor],
-    dalign: Tensor | None,
-    emb: Tensor,
-    memory: Tensor,
-    lengths: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
+    inputs: DecoderInputs,
     saved: Saved,
+    gradients: DecoderResultGradients,
     patterns: DecoderPatterns,
     weights_wanted: bool,
-) -> tuple[Any, ...]:
+) -> DecoderGradients:
     """See :func:`sd_plugin.kernels.decoder_backward`."""
-    dtype, math = emb.dtype, opmath(emb.dtype)
-    h0, c0, feed = (tensor.to(math) for tensor in state)
-    call = _Call(weights, emb.to(math), memory.to(math), lengths, (h0, c0, feed), patterns)
-    dy = adjacent(dy.to(math))
-    dh_n, dc_n = (tensor.to(math).contiguous() for tensor in dstate)
-    dalign = None if dalign is None else dalign.to(math).contiguous()
+    dtype = inputs.emb.dtype
+    call = _Arguments(weights, inputs, patterns)
+    math = call.emb.dtype
+    dy = adjacent(gradients.y.to(math))
+    dh_n, dc_n = _dense(gradients.h_n, math), _dense(gradients.c_n, math)
+    dalign = None if gradients.align is None else _dense(gradients.align, math)
     hidden, sizes = call.hidden, [cell.input_size for cell in weights.cells] if weights_wanted else []
-    demb, dmemory = empty(*emb.shape, dtype=math), empty(*memory.shape, dtype=math)
+    demb, dmemory = empty(*call.emb.shape, dtype=math), empty(*call.memory.shape, dtype=math)
     dh0, dc0, dfeed = (torch.empty_like(tensor) for tensor in call.state)
     dw = [empty(4 * hidden, size, dtype=math) for size in sizes]
     du = [empty(4 * hidden, hidden, dtype=math) for _ in sizes]
@@ -199,6 +182,17 @@ def decoder_backward(
     )  # fmt: skip
     structure = call.structure(saved)
     function("sd_decoder_backward", math)(torch.get_num_threads(), byref(structure), byref(grad))
-    cells = tuple(tuple(part.to(dtype) for part in parts) for parts in zip(dw, du, dbias, strict=True))
-    single = [tensor.to(dtype) for tensor in (demb, dmemory, dh0, dc0, dfeed)]
-    return (*single, cells, *(None if tensor is None else tensor.to(dtype) for tensor in (dquery, djoin)))
+    return DecoderGradients(
+        demb.to(dtype),
+        dmemory.to(dtype),
+        dh0.to(dtype),
+        dc0.to(dtype),
+        dfeed.to(dtype),
+        tuple((w.to(dtype), u.to(dtype), bias.to(dtype)) for w, u, bias in zip(dw, du, dbias, strict=True)),
+        None if dquery is None else dquery.to(dtype),
+        None if djoin is None else djoin.to(dtype),
+    )
+
+
+def _dense(tensor: Tensor, math: torch.dtype) -> Tensor:
+    return tensor.to(math).contiguous()

@@ -68,7 +68,7 @@ def _layout(steps: Steps, kept: Kept | None, *activations: Tensor) -> tuple[Step
     return Steps.packed(sizes), kept, flat
 
 
-def gemm_fp(x: Tensor, weight: PackedMatrix, bias: Tensor | None, kept: Kept | None, steps: Steps) -> Tensor:
+def gemm_fp(x: Tensor, weight: PackedMatrix, kept: Kept | None, steps: Steps, bias: Tensor | None) -> Tensor:
     """``y_t = scale · x_t[:, kept_t] @ weight[kept_t, :] + bias``."""
     dtype, shape = x.dtype, x.shape
     math = opmath(dtype)

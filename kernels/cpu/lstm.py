@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..contract import LSTMGradients, LSTMResult
+from ..kept import Kept
 from .gemm import opmath, pack_panels
 from .library import (
     CLSTM,
@@ -28,9 +30,7 @@ from .memory import empty
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..kept import Kept
-    from ..ops import Wanted
-    from ..steps import Steps
+    from ..contract import LSTMCall, LSTMResultGradients, Wanted
 
 
 class PackedLSTM(NamedTuple):
@@ -61,51 +61,34 @@ def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias
     return PackedLSTM(weights[0], weights[1], bias, weight_ih.shape[1], weight_hh.shape[1])
 
 
-class _Call:
-    """The structure of a call, with the tensors that must outlive it."""
+class _Arguments:
+    """The structure that the library takes, with the tensors that must outlive it."""
 
-    def __init__(
-        self,
-        packed: PackedLSTM,
-        x: Tensor,
-        kept_x: Kept | None,
-        pattern_h: Kept | Tensor | None,
-        steps: Steps,
-        reverse: bool,
-        saved: Saved,
-        h0: Tensor | None,
-    ) -> None:
-        hidden, inputs = packed.hidden, packed.inputs
-        mask = pattern_h.to(x.dtype).contiguous() if isinstance(pattern_h, torch.Tensor) else None
-        units_x, indices_x = c_kept(kept_x, inputs)
-        units_h, indices_h = c_kept(None if isinstance(pattern_h, torch.Tensor) else pattern_h, hidden)
-        self.alive = (packed, x, mask, indices_x, indices_h, saved, h0)
-        self.steps = c_steps(x, steps)
+    def __init__(self, packed: PackedLSTM, x: Tensor, h0: Tensor | None, saved: Saved, call: LSTMCall) -> None:
+        hidden, inputs, recurrent = packed.hidden, packed.inputs, call.recurrent
+        is_mask = isinstance(recurrent, torch.Tensor)
+        mask = recurrent.to(x.dtype).contiguous() if isinstance(recurrent, torch.Tensor) else None
+        kept_input, input_indices = c_kept(call.input, inputs)
+        kept_recurrent, recurrent_indices = c_kept(None if is_mask else recurrent, hidden)  # type: ignore[arg-type]
+        self.alive = (packed, x, mask, input_indices, recurrent_indices, saved, h0)
+        self.steps = c_steps(x, call.steps)
         self.structure = CLSTM(
-            self.steps, inputs, hidden, reverse,
+            self.steps, inputs, hidden, call.reverse,
             pointer(packed.weight_ih), pointer(packed.weight_hh), pointer(packed.bias),
-            c_rows(x, steps), units_x, units_h, pointer(mask), pointer(h0), pointer(saved.c0),
+            c_rows(x, call.steps), kept_input, kept_recurrent, pointer(mask), pointer(h0), pointer(saved.c0),
             pointer(saved.gates), pointer(saved.cells), pointer(saved.operand),
         )  # fmt: skip
 
 
-def lstm_forward(
-    packed: PackedLSTM,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    kept_x: Kept | None,
-    pattern_h: Kept | Tensor | None,
-    steps: Steps,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Saved]:
+def lstm_forward(packed: PackedLSTM, x: Tensor, state: tuple[Tensor, Tensor], call: LSTMCall) -> LSTMResult:
     """Equations of ``torch.nn.LSTM`` with ``h_{t-1}`` dropped inside its product."""
     dtype, math = x.dtype, opmath(x.dtype)
-    x, h0, c0 = adjacent(x.to(math)), h0.to(math).contiguous(), c0.to(math).contiguous()
-    hidden, rows = h0.shape[1], x.shape[:-1].numel()
+    x = adjacent(x.to(math))
+    h0, c0 = (tensor.to(math).contiguous() for tensor in state)
+    hidden, rows = packed.hidden, x.shape[:-1].numel()
     width = panel_width(math)
     panels = panels_of_layer(hidden, math)
-    visited = hidden if pattern_h is None or isinstance(pattern_h, torch.Tensor) else pattern_h.width
+    visited = call.recurrent.width if isinstance(call.recurrent, Kept) else hidden
     saved = Saved(
         empty(panels, padded_rows(rows, math), width, dtype=math),
         empty(rows, panels * width // 4, dtype=math),
@@ -114,46 +97,37 @@ def lstm_forward(
     )
     y = empty(*x.shape[:-1], hidden, dtype=math)
     h_n, c_n = torch.empty_like(h0), torch.empty_like(c0)
-    call = _Call(packed, x, kept_x, pattern_h, steps, reverse, saved, h0)
-    out = CLSTMOut(c_rows(y, steps), pointer(h_n), pointer(c_n))
-    function("sd_lstm_forward", math)(torch.get_num_threads(), byref(call.structure), byref(out))
-    return y.to(dtype), h_n.to(dtype), c_n.to(dtype), saved
+    arguments = _Arguments(packed, x, h0, saved, call)
+    out = CLSTMOut(c_rows(y, call.steps), pointer(h_n), pointer(c_n))
+    function("sd_lstm_forward", math)(torch.get_num_threads(), byref(arguments.structure), byref(out))
+    return LSTMResult(y.to(dtype), h_n.to(dtype), c_n.to(dtype), saved)
 
 
 def lstm_backward(
     packed: PackedLSTM,
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
     x: Tensor,
-    kept_x: Kept | None,
-    pattern_h: Kept | Tensor | None,
-    steps: Steps,
-    reverse: bool,
-    saved_tensors: tuple[Tensor, ...],
+    saved: Saved,
+    gradients: LSTMResultGradients,
+    call: LSTMCall,
     wanted: Wanted,
-) -> tuple[Tensor | None, ...]:
-    """Back-propagation through time of :func:`lstm_forward`: BP per step, WG once over all steps.
-
-    Returns:
-        What :class:`sd_plugin.kernels.LSTMGradients` names, in its order.
-    """
-    dtype, math = x.dtype, opmath(x.dtype)
-    x, dy = adjacent(x.to(math)), adjacent(dy.to(math))
-    dh_n, dc_n = dh_n.to(math).contiguous(), dc_n.to(math).contiguous()
-    hidden, inputs = dh_n.shape[1], x.shape[-1]
+) -> LSTMGradients:
+    """Back-propagation through time of :func:`lstm_forward`: BP per step, WG once over all steps."""
+    dtype, math, steps = x.dtype, opmath(x.dtype), call.steps
+    x, dy = adjacent(x.to(math)), adjacent(gradients.y.to(math))
+    dh_n, dc_n = gradients.h_n.to(math).contiguous(), gradients.c_n.to(math).contiguous()
+    hidden, inputs = packed.hidden, x.shape[-1]
     dh0, dc0 = torch.empty_like(dh_n), torch.empty_like(dc_n)
     dx = empty(*x.shape, dtype=math) if wanted.x else None
     dw = empty(4 * hidden, inputs, dtype=math) if wanted.weight_ih else None
     du = empty(4 * hidden, hidden, dtype=math) if wanted.weight_hh else None
     dbias = x.new_empty(4 * hidden) if wanted.bias else None
     dgates = empty(*x.shape[:-1], 4 * hidden, dtype=math) if wanted.gates else None
-    call = _Call(packed, x, kept_x, pattern_h, steps, reverse, Saved(*saved_tensors), None)
+    arguments = _Arguments(packed, x, None, Saved(*saved), call)
     grad = CLSTMGrad(
         c_rows(dy, steps), pointer(dh_n), pointer(dc_n),
         CRows() if dx is None else c_rows(dx, steps), pointer(dh0), pointer(dc0),
         pointer(dw), pointer(du), pointer(dbias), CRows() if dgates is None else c_rows(dgates, steps),
     )  # fmt: skip
-    function("sd_lstm_backward", math)(torch.get_num_threads(), byref(call.structure), byref(grad))
+    function("sd_lstm_backward", math)(torch.get_num_threads(), byref(arguments.structure), byref(grad))
     grads = (dx, dh0, dc0, dw, du, dbias, dgates)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in grads)
+    return LSTMGradients(*(None if tensor is None else tensor.to(dtype) for tensor in grads))  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ..contract import DecoderGradients, DecoderResult
 from ..dispatch import BackendError
 from ..kept import Kept
 from ..steps import Steps
@@ -22,7 +23,7 @@ from .precision import Precision, product
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..decoder import DecoderPatterns, DecoderWeights
+    from ..contract import DecoderInputs, DecoderPatterns, DecoderResultGradients, DecoderWeights, Pattern
     from .driver import Argument
 
     _Step = Callable[[int], None]
@@ -63,59 +64,50 @@ class Saved(NamedTuple):
     align: Tensor  #: ``[T, B, S]``
 
 
-def decoder_forward(
-    weights: DecoderWeights,
-    emb: Tensor,
-    memory: Tensor,
-    lengths: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
-    patterns: DecoderPatterns,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Saved]:
+def decoder_forward(weights: DecoderWeights, inputs: DecoderInputs, patterns: DecoderPatterns) -> DecoderResult:
     """See :func:`sd_plugin.kernels.decoder_forward`.
 
     Raises:
         BackendError: the source is too long for the shared memory of a block, which has two floats for each position.
     """
     # A transposed view is as good as what it is a view of.
-    call = _Call(weights, emb, memory, lengths, int(not emb.transpose(0, 1).is_contiguous()))
+    call = _Launches(weights, inputs, int(not inputs.emb.transpose(0, 1).is_contiguous()))
     with torch.no_grad(), precision.cublas(call.precision is Precision.TF32):
-        return _forward(call, weights, call.laid_out(emb), memory, state, patterns)
+        return _forward(call, weights, inputs, patterns)
 
 
 def decoder_backward(
     weights: DecoderWeights,
-    dy: Tensor,
-    dstate: tuple[Tensor, Tensor],
-    dalign: Tensor | None,
-    emb: Tensor,
-    memory: Tensor,
-    lengths: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
+    inputs: DecoderInputs,
     saved: Saved,
+    gradients: DecoderResultGradients,
     patterns: DecoderPatterns,
     weights_wanted: bool,
-) -> tuple[Any, ...]:
+) -> DecoderGradients:
     """See :func:`sd_plugin.kernels.decoder_backward`."""
-    call = _Call(weights, emb, memory, lengths, saved.time_dim)
+    call = _Launches(weights, inputs, saved.time_dim)
     with torch.no_grad(), precision.cublas(call.precision is Precision.TF32):
-        dgates, djoined, dscores, dinitial = _through_time(call, saved, weights, call.laid_out(dy), dstate, dalign)
-        dmemory, dquery, djoin = _attention_gradients(call, saved, weights, memory, djoined, dscores, weights_wanted)
+        dgates, djoined, dscores, dinitial = _through_time(call, saved, weights, gradients)
+        dmemory, dquery, djoin = _attention_gradients(
+            call, saved, weights, inputs.memory, djoined, dscores, weights_wanted
+        )
         embedding = None if patterns.embedding is None else patterns.embedding.unscaled()
         demb = gemm.bp(dgates[0], call.embedding_weight(saved.weights[0]), embedding, call.layout, call.precision)
-        cells = _cell_gradients(call, saved, call.laid_out(emb), embedding, dgates) if weights_wanted else ()
-    return (call.batch_first(demb), dmemory, *dinitial, cells, dquery, djoin)
+        cells = _cell_gradients(call, saved, call.laid_out(inputs.emb), embedding, dgates) if weights_wanted else ()
+    return DecoderGradients(call.batch_first(demb), dmemory, *dinitial, cells, dquery, djoin)
 
 
-class _Call:
+class _Launches:
     """Sizes of a call, and its launches."""
 
-    def __init__(self, weights: DecoderWeights, emb: Tensor, memory: Tensor, lengths: Tensor, time_dim: int) -> None:
+    def __init__(self, weights: DecoderWeights, inputs: DecoderInputs, time_dim: int) -> None:
+        emb = inputs.emb
         cell: lstm.PackedLSTM = weights.cells[0].data
         self.precision, self.columns = cell.precision, cell.recurrent.shape[1]
         self.layers, self.layout, self.like = len(weights.cells), Steps(time_dim), emb
         self.batch, self.count, self.embed = emb.shape
-        self.source, self.hidden = memory.shape[1:]
-        self.lengths = lengths.to(emb.device, torch.int32).contiguous()
+        self.source, self.hidden = inputs.memory.shape[1:]
+        self.lengths = inputs.lengths.to(emb.device, torch.int32).contiguous()
         self._unit = Unit("decoder", (("SD_PRECISION", int(self.precision)),))
         strides = (1, self.count) if time_dim else (self.batch, 1)
         self._place = (self.count, *strides)
@@ -183,8 +175,8 @@ class _Call:
     def drops(self, patterns: DecoderPatterns) -> _Drops:
         """Patterns as the kernels take them."""
 
-        def drop(pattern: Kept | Tensor | None) -> _Drop:
-            found = lstm.pattern_of(pattern, self.count, self.hidden, self.precision)
+        def drop(pattern: Pattern) -> _Drop:
+            found = lstm.recurrent_of(pattern, self.count, self.hidden, self.precision)
             return _Drop(found.factors if found.mask is None else found.mask, int(found.per_row))
 
         return _Drops(
@@ -196,19 +188,17 @@ class _Call:
 
 
 def _forward(
-    call: _Call,
+    call: _Launches,
     weights: DecoderWeights,
-    emb: Tensor,
-    memory: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
+    inputs: DecoderInputs,
     patterns: DecoderPatterns,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Saved]:
+) -> DecoderResult:
+    emb, memory, h0, c0, feed0 = call.laid_out(inputs.emb), inputs.memory, inputs.h0, inputs.c0, inputs.feed0
     batch, count, hidden, columns, layers = call.batch, call.count, call.hidden, call.columns, call.layers
-    h0, c0, feed0 = state
     drops, layer_weights = call.drops(patterns), [_weight(cell.data) for cell in weights.cells]
     embedding = None if patterns.embedding is None else patterns.embedding.unscaled()
-    inputs = gemm.fp(
-        emb, call.embedding_weight(layer_weights[0]), None, embedding, call.layout, call.precision, torch.float32
+    of_embedding = gemm.fp(
+        emb, call.embedding_weight(layer_weights[0]), embedding, call.layout, call.precision, torch.float32
     )
     of_context, of_query = weights.join.data.matrix.split(hidden)
     flat = memory.reshape(-1, hidden)
@@ -237,7 +227,7 @@ def _forward(
     for layer, (weight, above, own) in enumerate(zip(call.of_step(layer_weights), drops.above, drops.own, strict=True)):
         last = layer == layers - 1
         run = call.cell(
-            "decoder_cell_forward", sums, None if layer else inputs, weights.cells[layer].data.bias,
+            "decoder_cell_forward", sums, None if layer else of_embedding, weights.cells[layer].data.bias,
             saved.cells[layer], saved.gates[layer], above.factors, saved.query if last else saved.operands[layer + 1],
             own.factors, saved.operands[layer], h_n[layer], above.per_row, own.per_row, hidden if last else 2 * hidden,
         )  # fmt: skip
@@ -254,7 +244,7 @@ def _forward(
         join(query, joined)
         attend(step)
     c_n = torch.empty_like(h_n).copy_(saved.cells[:, count])
-    return y, h_n, c_n, saved.align.clone(), saved
+    return DecoderResult(y, h_n, c_n, saved.align.clone(), saved)
 
 
 def _weight(cell: lstm.PackedLSTM) -> Tensor:
@@ -270,11 +260,13 @@ def _weight(cell: lstm.PackedLSTM) -> Tensor:
 
 
 def _through_time(
-    call: _Call, saved: Saved, weights: DecoderWeights, dy: Tensor, dstate: tuple[Tensor, Tensor], dalign: Tensor | None
+    call: _Launches, saved: Saved, weights: DecoderWeights, gradients: DecoderResultGradients
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Gradients of the gates ``[layers, rows, columns]``, of what tanh is taken of ``[rows, H]``, of the scores
     ``[T, B, S]``, and of ``h_0``, ``c_0`` and the initial feed.
     """
+    dy, dh_n, dc_n, dalign = gradients
+    dy = call.laid_out(dy)
     batch, count, hidden, columns, layers = call.batch, call.count, call.hidden, call.columns, call.layers
     drops, dgates, djoined = saved.drops, call.rows(columns, stack=(layers,)), call.rows(hidden)
     dscores = torch.empty_like(saved.align)
@@ -282,8 +274,8 @@ def _through_time(
         dgates[..., 4 * hidden :] = 0
     # Of each layer's operand at the step after; after the last step, of the final state.
     through = torch.zeros(layers, batch, 2 * hidden, device=dy.device)
-    through[..., hidden:] = dstate[0]
-    dc = call.floats(layers, batch, hidden).copy_(dstate[1])
+    through[..., hidden:] = dh_n
+    dc = call.floats(layers, batch, hidden).copy_(dc_n)
     through_scores, through_join = call.floats(batch, hidden), call.floats(batch, hidden)
 
     attend = call.attend(
@@ -318,7 +310,13 @@ def _through_time(
 
 
 def _attention_gradients(
-    call: _Call, saved: Saved, weights: DecoderWeights, memory: Tensor, djoined: Tensor, dscores: Tensor, wanted: bool
+    call: _Launches,
+    saved: Saved,
+    weights: DecoderWeights,
+    memory: Tensor,
+    djoined: Tensor,
+    dscores: Tensor,
+    wanted: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Of ``memory``, and of the query's and the output's weights as the host holds them."""
     hidden, dtype = call.hidden, memory.dtype
@@ -344,7 +342,7 @@ def _attention_gradients(
 
 
 def _cell_gradients(
-    call: _Call, saved: Saved, emb: Tensor, embedding: Kept | None, dgates: Tensor
+    call: _Launches, saved: Saved, emb: Tensor, embedding: Kept | None, dgates: Tensor
 ) -> tuple[tuple[Tensor, Tensor, Tensor], ...]:
     """``weight_ih``, ``weight_hh`` and the bias of each layer, as ``torch.nn.LSTM`` holds them."""
     hidden = call.hidden

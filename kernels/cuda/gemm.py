@@ -67,9 +67,9 @@ def gemm_pack(weight_t: Tensor) -> PackedMatrix:
     return PackedMatrix(rows, columns)
 
 
-def gemm_fp(x: Tensor, weight: PackedMatrix, bias: Tensor | None, kept: Kept | None, steps: Steps) -> Tensor:
+def gemm_fp(x: Tensor, weight: PackedMatrix, kept: Kept | None, steps: Steps, bias: Tensor | None) -> Tensor:
     """``y_t = scale · x_t[:, kept_t] @ weight[kept_t, :] + bias``."""
-    return fp(x, weight, bias, kept, steps, of_products(x.dtype))
+    return fp(x, weight, kept, steps, of_products(x.dtype), bias=bias)
 
 
 def gemm_bp(dy: Tensor, weight: PackedMatrix, kept: Kept | None, steps: Steps) -> Tensor:
@@ -85,17 +85,17 @@ def gemm_wg(x: Tensor, dy: Tensor, kept: Kept | None, steps: Steps) -> Tensor:
 def fp(
     x: Tensor,
     weight: PackedMatrix,
-    bias: Tensor | None,
     kept: Kept | None,
     steps: Steps,
     precision: Precision,
     dtype: torch.dtype | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """:func:`gemm_fp` with operands of ``precision.dtype``.
 
     Args:
-        bias: of the operands' dtype.
         dtype: of the result: that of the operands (None), or float32.
+        bias: of the operands' dtype.
     """
     _check("x", x, precision)
     _check("weight", weight.rows, precision)
@@ -110,14 +110,15 @@ def fp(
         else:
             y = _finished(product(x, weight.matrix, precision, dtype), scale, bias)
         return _reshaped(y, *rows, weight.columns)
-    call = _Call.of("fp", kept, steps, x)
+    blocks = _Blocks.of("fp", kept, steps, x)
     y = x.new_empty(*rows, weight.columns, dtype=dtype)
     stage = _FP_DEPTH * (_FP_COLUMNS + 8)
     launch(
-        _unit(precision, call.tiles, y), "gemm_fp", x, call.blocks(weight.columns, _FP_COLUMNS), THREADS,
-        x.contiguous(), weight.rows, None if bias is None else bias.contiguous(), *call.tensors, y,
-        *call.numbers, weight.units, weight.columns, weight.rows.shape[1], call.rows.stride,
-        -(-weight.columns // _FP_COLUMNS), call.row_tiles, shared=_pipeline(call.tiles, stage, _FP_DEPTH, precision),
+        _unit(precision, blocks.tiles, y), "gemm_fp", x, blocks.grid(weight.columns, _FP_COLUMNS), THREADS,
+        x.contiguous(), weight.rows, None if bias is None else bias.contiguous(), *blocks.tensors, y,
+        *blocks.numbers, weight.units, weight.columns, weight.rows.shape[1], blocks.rows.stride,
+        -(-weight.columns // _FP_COLUMNS), blocks.row_tiles,
+        shared=_pipeline(blocks.tiles, stage, _FP_DEPTH, precision),
     )  # fmt: skip
     return y
 
@@ -137,15 +138,15 @@ def bp(
     if kept is None or not choices.skips("bp", precision, kept):
         dx = _reshaped(product(_flat(dy), weight.matrix.t(), precision, dtype), *rows, weight.units)
         return dx if kept is None else _keep(dx, dx, kept, steps, kept.scale)
-    call = _Call.of("bp", kept, steps, dy)
+    blocks = _Blocks.of("bp", kept, steps, dy)
     dx = dy.new_zeros(*rows, weight.units, dtype=dtype)
     depth = _BP_BYTES // dy.element_size()
     stage = _BP_UNITS * (depth + _COPY // dy.element_size())
     launch(
-        _unit(precision, call.tiles, dx), "gemm_bp", dy, call.blocks(kept.width, _BP_UNITS), THREADS,
-        dy.contiguous(), weight.rows, *call.tensors, dx,
-        *call.numbers, weight.units, weight.columns, weight.rows.shape[1], call.rows.stride,
-        -(-kept.width // _BP_UNITS), call.row_tiles, shared=_pipeline(call.tiles, stage, depth, precision),
+        _unit(precision, blocks.tiles, dx), "gemm_bp", dy, blocks.grid(kept.width, _BP_UNITS), THREADS,
+        dy.contiguous(), weight.rows, *blocks.tensors, dx,
+        *blocks.numbers, weight.units, weight.columns, weight.rows.shape[1], blocks.rows.stride,
+        -(-kept.width // _BP_UNITS), blocks.row_tiles, shared=_pipeline(blocks.tiles, stage, depth, precision),
     )  # fmt: skip
     return dx
 
@@ -165,20 +166,20 @@ def wg(
     if kept is None or not choices.skips("wg", precision, kept):
         x, scale = _dropped(x, kept, steps, precision)
         return _finished(product(_flat(dy).t(), x, precision, dtype), scale, None).t()
-    call = _Call.of("wg", kept, steps, x)
+    blocks = _Blocks.of("wg", kept, steps, x)
     dweight = x.new_empty(columns, units, dtype=dtype)
     tiles = -(-columns // _WG_COLUMNS)
-    buffer = 8 * call.tiles * (_WG_COLUMNS + _WG_UNITS) + _WG_UNITS
+    buffer = 8 * blocks.tiles * (_WG_COLUMNS + _WG_UNITS) + _WG_UNITS
     launch(
-        _unit(precision, call.tiles, dweight), "gemm_wg", x, tiles * -(-units // _WG_UNITS), THREADS,
-        x.contiguous(), dy.contiguous(), *call.tensors, dweight,
-        *call.numbers, units, columns, call.rows.stride, call.rows.steps, tiles, call.row_tiles,
+        _unit(precision, blocks.tiles, dweight), "gemm_wg", x, tiles * -(-units // _WG_UNITS), THREADS,
+        x.contiguous(), dy.contiguous(), *blocks.tensors, dweight,
+        *blocks.numbers, units, columns, blocks.rows.stride, blocks.rows.steps, tiles, blocks.row_tiles,
         shared=4 * (_WG_UNITS * (_WG_COLUMNS + 2) + 2 * buffer + 2 * THREADS),
     )  # fmt: skip
     return dweight.t()
 
 
-class _Call(NamedTuple):
+class _Blocks(NamedTuple):
     """What the kernels are told of rows and kept units."""
 
     rows: Rows
@@ -189,7 +190,7 @@ class _Call(NamedTuple):
     row_tiles: int  #: of a step
 
     @classmethod
-    def of(cls, phase: choices.Phase, kept: Kept, steps: Steps, x: Tensor) -> _Call:
+    def of(cls, phase: choices.Phase, kept: Kept, steps: Steps, x: Tensor) -> _Blocks:
         """Rows of each step; rows in blocks as big as the kernels take, where the same units are kept at every step."""
         indices = kept.indices if kept.width <= 1 or kept.indices.stride(1) == 1 else kept.indices.contiguous()
         most, stride = 8 * _MOST_TILES[phase], indices.stride(0)
@@ -213,7 +214,7 @@ class _Call(NamedTuple):
         """Those after the tensors."""
         return self.scale, self.kept_stride, self.indices.shape[1]
 
-    def blocks(self, size: int, tile: int) -> int:
+    def grid(self, size: int, tile: int) -> int:
         """Blocks of a kernel that has tiles of rows and of ``size`` of something else at each step."""
         return self.rows.steps * self.row_tiles * -(-size // tile)
 
@@ -257,12 +258,12 @@ def _dropped(x: Tensor, kept: Kept | None, steps: Steps, precision: Precision) -
 
 def _keep(x: Tensor, y: Tensor, kept: Kept, steps: Steps, scale: float) -> Tensor:
     """``y``: of ``x``, what is kept, times ``scale``, and zeros; both contiguous, of one dtype, perhaps the same."""
-    call, units = _Call.of("fp", kept, steps, x), x.shape[-1]
+    blocks, units = _Blocks.of("fp", kept, steps, x), x.shape[-1]
     precision = Precision.STRICT if x.dtype == torch.float32 else of_products(x.dtype)
-    tiles, row_tiles = -(-units // _KEEP_UNITS), -(-call.rows.batch // _KEEP_ROWS)
+    tiles, row_tiles = -(-units // _KEEP_UNITS), -(-blocks.rows.batch // _KEEP_ROWS)
     launch(
-        _unit(precision, 1, y), "keep_units", x, call.rows.steps * row_tiles * tiles, THREADS,
-        x, *call.tensors, y, scale, call.kept_stride, kept.width, units, call.rows.stride, tiles, row_tiles,
+        _unit(precision, 1, y), "keep_units", x, blocks.rows.steps * row_tiles * tiles, THREADS,
+        x, *blocks.tensors, y, scale, blocks.kept_stride, kept.width, units, blocks.rows.stride, tiles, row_tiles,
         shared=min(units, _KEEP_UNITS),
     )  # fmt: skip
     return y

@@ -12,6 +12,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..contract import Pattern
     from ..kept import Kept
     from ..steps import Steps
 
@@ -22,13 +23,9 @@ def opmath(dtype: torch.dtype) -> torch.dtype:
 
 
 class StepPattern:
-    """One step's operand of a product: which columns of it count, and the factor on them.
+    """One step's operand of a product: which columns of it count, and the factor on them."""
 
-    ``pattern`` is a :class:`Kept` (structured: columns are skipped), a ``[T, B, K]`` multiplier (random: the
-    product stays dense) or None (nothing dropped).
-    """
-
-    def __init__(self, pattern: Kept | Tensor | None, step: int) -> None:
+    def __init__(self, pattern: Pattern, step: int) -> None:
         self.index: Tensor | None = None
         self.valid: Tensor | None = None
         self.mask: Tensor | None = None
@@ -48,7 +45,7 @@ class StepPattern:
     def take(self, x: Tensor) -> Tensor:
         """The counted columns of ``x`` ``[rows, K]``, scaled."""
         if self.mask is not None:
-            return x * self.mask[: x.shape[0]]
+            return x * self.mask[: x.shape[0]].to(x.dtype)
         if self.index is None:
             return x
         x = x.index_select(1, self.index)
@@ -66,7 +63,7 @@ class StepPattern:
     def put(self, dx: Tensor, counted: Tensor) -> None:
         """Add the gradient of the counted columns, ``counted``, into ``dx`` ``[rows, K]``."""
         if self.index is None:
-            dx.add_(counted if self.mask is None else counted * self.mask[: dx.shape[0]])
+            dx.add_(counted if self.mask is None else counted * self.mask[: dx.shape[0]].to(dx.dtype))
             return
         counted = counted if self.scale == 1.0 else counted * self.scale
         dx.index_add_(1, self.index, counted if self.valid is None else counted.masked_fill(~self.valid, 0))
@@ -86,11 +83,11 @@ def gemm_pack(weight_t: Tensor) -> Tensor:
     return weight_t.to(opmath(weight_t.dtype)).contiguous().clone()
 
 
-def gemm_fp(x: Tensor, weight_t: Tensor, bias: Tensor | None, kept: Kept | None, steps: Steps) -> Tensor:
+def gemm_fp(x: Tensor, weight_t: Tensor, kept: Kept | None, steps: Steps, bias: Tensor | None = None) -> Tensor:
     """``y_t = scale · x_t[:, kept_t] @ weight_t[kept_t, :] + bias``; see :func:`sd_plugin.kernels.gemm_fp`."""
     math = opmath(x.dtype)
     if bias is not None:
-        return (gemm_fp(x.to(math), weight_t, None, kept, steps) + bias.to(math)).to(x.dtype)
+        return (gemm_fp(x.to(math), weight_t, kept, steps) + bias.to(math)).to(x.dtype)
     if kept is None:
         return (x.to(math) @ weight_t).to(x.dtype)
     y = x.new_empty(*x.shape[:-1], weight_t.shape[1])

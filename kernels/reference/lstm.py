@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..contract import LSTMGradients, LSTMResult, LSTMResultGradients
 from .gemm import StepPattern, gemm_bp, gemm_fp, gemm_wg, opmath
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..kept import Kept
-    from ..ops import Wanted
+    from ..contract import LSTMCall, Pattern, Wanted
     from ..steps import Steps
 
 
@@ -38,18 +38,6 @@ class PackedLSTM(NamedTuple):
     bias: Tensor | None  #: ``[4H]``, the sum of both biases
 
 
-class Gradients(NamedTuple):
-    """Gradients of one layer, in the shapes of ``torch.nn.LSTM``'s own parameters; None where not wanted."""
-
-    x: Tensor | None
-    h0: Tensor
-    c0: Tensor
-    weight_ih: Tensor | None  #: ``[4H, I]``
-    weight_hh: Tensor | None  #: ``[4H, H]``
-    bias: Tensor | None  #: ``[4H]``, of either bias
-    gates: Tensor | None  #: ``[..., 4H]``, of the gates' pre-activations
-
-
 def lstm_pack(weight_ih: Tensor, weight_hh: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None) -> PackedLSTM:
     """Pack parameters of ``torch.nn.LSTM``'s shapes (``[4H, I]``, ``[4H, H]``, ``[4H]``) for the products."""
     math = opmath(weight_ih.dtype)
@@ -62,34 +50,23 @@ def _order(count: int, reverse: bool) -> range:
     return range(count - 1, -1, -1) if reverse else range(count)
 
 
-def lstm_forward(
-    packed: PackedLSTM,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    kept_x: Kept | None,
-    pattern_h: Kept | Tensor | None,
-    steps: Steps,
-    reverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Saved]:
-    """Equations of ``torch.nn.LSTM`` with ``h_{t-1}`` dropped inside its product.
-
-    Returns:
-        ``y`` (h_t for every row), ``h_n`` and ``c_n`` ``[B, H]``, and what :func:`lstm_backward` needs.
-    """
+def lstm_forward(packed: PackedLSTM, x: Tensor, state: tuple[Tensor, Tensor], call: LSTMCall) -> LSTMResult:
+    """Equations of ``torch.nn.LSTM`` with ``h_{t-1}`` dropped inside its product."""
+    h0, c0 = state
+    steps = call.steps
     math = opmath(x.dtype)
-    pre = gemm_fp(x.to(math), packed.weight_ih_t, packed.bias, kept_x, steps)
+    pre = gemm_fp(x.to(math), packed.weight_ih_t, call.input, steps, packed.bias)
     hidden = h0.shape[1]
     rows = [pre.new_empty(*x.shape[:-1], n) for n in (4 * hidden, hidden, hidden, hidden, hidden)]
     gates, cells, h_before, c_before, y = rows
     parts = [steps.split(tensor) for tensor in (pre, *rows)]
     h, c = h0.to(math).clone(), c0.to(math).clone()
-    for t in _order(len(parts[0]), reverse):
+    for t in _order(len(parts[0]), call.reverse):
         pre_t, gates_t, cells_t, h_before_t, c_before_t, y_t = (part[t] for part in parts)
         n = pre_t.shape[0]
         h_before_t.copy_(h[:n])
         c_before_t.copy_(c[:n])
-        step = StepPattern(pattern_h, t)
+        step = StepPattern(call.recurrent, t)
         _activate(pre_t + step.take(h[:n]) @ step.rows(packed.weight_hh_t), gates_t)
         i, f, g, o = gates_t.chunk(4, 1)
         torch.addcmul(i * g, f, c_before_t, out=c[:n])
@@ -97,7 +74,7 @@ def lstm_forward(
         cells_t.copy_(c[:n])
         y_t.copy_(h[:n])
     to = x.dtype
-    return y.to(to), h.to(to), c.to(to), Saved(gates, cells, h_before, c_before)
+    return LSTMResult(y.to(to), h.to(to), c.to(to), Saved(gates, cells, h_before, c_before))
 
 
 def _activate(pre: Tensor, gates: Tensor) -> None:
@@ -109,32 +86,23 @@ def _activate(pre: Tensor, gates: Tensor) -> None:
 
 def lstm_backward(
     packed: PackedLSTM,
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
     x: Tensor,
-    kept_x: Kept | None,
-    pattern_h: Kept | Tensor | None,
-    steps: Steps,
-    reverse: bool,
-    saved_tensors: tuple[Tensor, ...],
+    saved: Saved,
+    gradients: LSTMResultGradients,
+    call: LSTMCall,
     wanted: Wanted,
-) -> Gradients:
-    """Back-propagation through time of :func:`lstm_forward`: BP per step, WG once over all steps.
-
-    Args:
-        dy: gradient of ``y``; dh_n, dc_n: gradients of the final state, ``[B, H]``.
-    """
-    math, to, saved = opmath(x.dtype), x.dtype, Saved(*saved_tensors)
+) -> LSTMGradients:
+    """Back-propagation through time of :func:`lstm_forward`: BP per step, WG once over all steps."""
+    math, to, steps, found = opmath(x.dtype), x.dtype, call.steps, Saved(*saved)
     dpre, dh0, dc0 = _backward_through_time(
-        packed.weight_hh_t, dy.to(math), dh_n.to(math), dc_n.to(math), pattern_h, steps, reverse, saved
+        packed.weight_hh_t, LSTMResultGradients(*(gradient.to(math) for gradient in gradients)), call, found
     )
-    return Gradients(
-        x=gemm_bp(dpre, packed.weight_ih_t, kept_x, steps).to(to) if wanted.x else None,
+    return LSTMGradients(
+        x=gemm_bp(dpre, packed.weight_ih_t, call.input, steps).to(to) if wanted.x else None,
         h0=dh0.to(to),
         c0=dc0.to(to),
-        weight_ih=gemm_wg(x.to(math), dpre, kept_x, steps).t().to(to) if wanted.weight_ih else None,
-        weight_hh=_recurrent_weight_gradient(saved.h_before, dpre, pattern_h, steps).t().to(to)
+        weight_ih=gemm_wg(x.to(math), dpre, call.input, steps).t().to(to) if wanted.weight_ih else None,
+        weight_hh=_recurrent_weight_gradient(found.h_before, dpre, call.recurrent, steps).t().to(to)
         if wanted.weight_hh
         else None,
         bias=dpre.flatten(0, -2).sum(0).to(to) if wanted.bias else None,
@@ -143,20 +111,13 @@ def lstm_backward(
 
 
 def _backward_through_time(
-    weight_hh_t: Tensor,
-    dy: Tensor,
-    dh_n: Tensor,
-    dc_n: Tensor,
-    pattern_h: Kept | Tensor | None,
-    steps: Steps,
-    reverse: bool,
-    saved: Saved,
+    weight_hh_t: Tensor, gradients: LSTMResultGradients, call: LSTMCall, saved: Saved
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the gates' pre-activations ``[..., 4H]`` and of the initial state ``[B, H]``."""
     dpre = torch.empty_like(saved.gates)
-    parts = [steps.split(tensor) for tensor in (dy, dpre, saved.gates, saved.cells, saved.c_before)]
-    dh, dc = dh_n.clone(), dc_n.clone()
-    for t in _order(len(parts[0]), not reverse):
+    parts = [call.steps.split(tensor) for tensor in (gradients.y, dpre, saved.gates, saved.cells, saved.c_before)]
+    dh, dc = gradients.h_n.clone(), gradients.c_n.clone()
+    for t in _order(len(parts[0]), not call.reverse):
         dy_t, dpre_t, gates_t, cells_t, c_before_t = (part[t] for part in parts)
         n = dy_t.shape[0]
         i, f, g, o = gates_t.chunk(4, 1)
@@ -168,17 +129,17 @@ def _backward_through_time(
         dg.copy_(dc_t * i * (1 - g * g))
         do.copy_(dh_t * tanh_c * o * (1 - o))
         dc[:n] = dc_t * f
-        step = StepPattern(pattern_h, t)
+        step = StepPattern(call.recurrent, t)
         dh[:n] = 0
         step.put(dh[:n], dpre_t @ step.rows(weight_hh_t).t())
     return dpre, dh, dc
 
 
-def _recurrent_weight_gradient(h_before: Tensor, dpre: Tensor, pattern_h: Kept | Tensor | None, steps: Steps) -> Tensor:
+def _recurrent_weight_gradient(h_before: Tensor, dpre: Tensor, pattern: Pattern, steps: Steps) -> Tensor:
     """``[H, 4H]`` gradient of the recurrent weight, over all steps."""
-    if not isinstance(pattern_h, torch.Tensor):
-        return gemm_wg(h_before, dpre, pattern_h, steps)
-    dropped = [h_t * pattern_h[t, : h_t.shape[0]] for t, h_t in enumerate(steps.split(h_before))]
+    if not isinstance(pattern, torch.Tensor):
+        return gemm_wg(h_before, dpre, pattern, steps)
+    dropped = [h_t * pattern[t, : h_t.shape[0]] for t, h_t in enumerate(steps.split(h_before))]
     grads = steps.split(dpre)
     if not grads:
         return dpre.new_zeros(h_before.shape[-1], dpre.shape[-1])

@@ -75,10 +75,9 @@ def backend(device: torch.device) -> dict[str, Any]:
     Raises:
         BackendError: ``SD_PLUGIN_BACKEND`` forces one that cannot run here.
     """
-    chosen: Any = kernels.choose("lstm", device, torch.float32, counted=False)
-    describe = getattr(chosen, "describe", dict)
-    told: dict[str, str] = {name: without_folders(value) for name, value in describe().items()}
-    return {"name": chosen.NAME, "build": told}
+    chosen = kernels.choose("lstm", device, torch.float32, counted=False)
+    told = {name: without_folders(value) for name, value in chosen.describe().items()}
+    return {"name": chosen.name, "build": told}
 
 
 def git() -> dict[str, Any] | None:

@@ -11,6 +11,8 @@ import torch
 from sd_plugin.kernels import (
     BackendError,
     Kept,
+    LSTMCall,
+    LSTMResultGradients,
     Steps,
     gemm_bp,
     gemm_fp,
@@ -36,8 +38,8 @@ PACK = {
     "weight_ih": zeros(4 * H, K), "weight_hh": zeros(4 * H, H), "bias_ih": zeros(4 * H),
     "bias_hh": zeros(4 * H),
 }  # fmt: skip
-FORWARD = {"x": zeros(T, B, K), "h0": zeros(B, H), "c0": zeros(B, H)}
-BACKWARD = {"x": zeros(T, B, K), "dy": zeros(T, B, H), "dh_n": zeros(B, H), "dc_n": zeros(B, H)}
+STATE = {"h0": zeros(B, H), "c0": zeros(B, H)}
+GRADIENTS = {"dy": zeros(T, B, H), "dh_n": zeros(B, H), "dc_n": zeros(B, H)}
 KEPT_X = {
     "of other units": (Kept.all(T, K + 1), ValueError),
     "of other steps": (Kept.all(T + 1, K), ValueError),
@@ -109,17 +111,20 @@ def test_packing_names_a_weight_that_does_not_fit() -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_lstm_names_an_operand_that_does_not_fit(direction: str) -> None:
-    packed = lstm_pack(**PACK)
-    saved = lstm_forward(packed, **FORWARD).saved
+    packed, x = lstm_pack(**PACK), zeros(T, B, K)
+    saved = lstm_forward(packed, x, tuple(STATE.values())).saved
+    good = {"x": x, **(STATE if direction == "forward" else GRADIENTS)}
 
     def run(**changes: Any) -> None:
+        tensors = {name: changes.pop(name, tensor) for name, tensor in good.items()}
+        x, *others = tensors.values()
         if direction == "forward":
-            lstm_forward(packed, **{**FORWARD, **changes})
+            lstm_forward(packed, x, tuple(others), LSTMCall(**changes))
         else:
-            lstm_backward(packed, **{**BACKWARD, "saved": saved, **changes})
+            lstm_backward(packed, x, saved, LSTMResultGradients(*others), LSTMCall(**changes))
 
     run()
-    for name, tensor in (FORWARD if direction == "forward" else BACKWARD).items():
+    for name, tensor in good.items():
         refuses(run, ValueError, name, **{name: tensor[0]})
         refuses(run, ValueError, name, **{name: tensor[..., 1:]})
         refuses(run, TypeError, name, **{name: tensor.double()})
@@ -127,9 +132,9 @@ def test_lstm_names_an_operand_that_does_not_fit(direction: str) -> None:
         if name != "x":
             refuses(run, ValueError, name, **{name: tensor[..., 1:, :]})
     for kept, error in KEPT_X.values():
-        refuses(run, error, "kept_x", kept_x=kept)
+        refuses(run, error, "input", input=kept)
     for pattern, error in PATTERN_H.values():
-        refuses(run, error, "pattern_h", pattern_h=pattern)
+        refuses(run, error, "recurrent", recurrent=pattern)
     refuses(run, ValueError, "x", steps=Steps.packed([B] * T))
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from sd_plugin.kernels import (
     BackendError,
     DecoderGradients,
+    DecoderInputs,
     DecoderPatterns,
     DecoderResult,
+    DecoderResultGradients,
     DecoderWeights,
     Kept,
     decoder_backward,
@@ -180,13 +182,10 @@ def run(
     if case.time_dim:
         emb, dy = emb.contiguous(), dy.contiguous()
     spans = torch.tensor(case.spans() if lengths is None else lengths, dtype=torch.int32)
-    state = (low["h0"], low["c0"], low["feed"])
-    result = decoder_forward(weights, emb, low["memory"], spans, state, patterns)
-    gradients = decoder_backward(
-        weights, dy, (low["dh_n"], low["dc_n"]), low["dalign"] if case.with_align else None, emb, low["memory"], spans,
-        state, result.saved, patterns, weights_wanted,
-    )  # fmt: skip
-    return Run(result, gradients)
+    inputs = DecoderInputs(emb, low["memory"], spans, low["h0"], low["c0"], low["feed"])
+    result = decoder_forward(weights, inputs, patterns)
+    told = DecoderResultGradients(dy, low["dh_n"], low["dc_n"], low["dalign"] if case.with_align else None)
+    return Run(result, decoder_backward(weights, inputs, result.saved, told, patterns, weights_wanted))
 
 
 def expected_of(case: Case, low: dict[str, Tensor], kept: dict[str, Any]) -> dict[str, Tensor]:

@@ -101,7 +101,7 @@ def test_forward_product(
     x = torch.where(factor != 0, x, float("nan"))
 
     with emulated(seed):
-        y = gemm.fp(strided(x, how), gemm.gemm_pack(weight_t), bias, kept, layout.steps, precision, dtype)
+        y = gemm.fp(strided(x, how), gemm.gemm_pack(weight_t), kept, layout.steps, precision, dtype, bias)
 
     assert y.dtype == (dtype or real)
     added = torch.zeros(n) if bias is None else bias.double()
@@ -162,7 +162,7 @@ def all_products(x: Tensor, weight_t: Tensor, dy: Tensor, kept: Kept, seed: int 
     with emulated(seed):
         packed = gemm.gemm_pack(weight_t)
         return [
-            gemm.gemm_fp(x, packed, None, kept, Steps()),
+            gemm.gemm_fp(x, packed, kept, Steps(), None),
             gemm.gemm_bp(dy, packed, kept, Steps()),
             gemm.gemm_wg(x, dy, kept, Steps()),
         ]
@@ -251,7 +251,7 @@ def test_no_races(way: str) -> None:
         x, weight_t, dy = (tensor_of(1, *shape).to(precision.dtype) for shape in shapes)
         with driver.use(races):
             packed = gemm.gemm_pack(weight_t)
-            gemm.fp(x, packed, None, kept, Steps(), precision)
+            gemm.fp(x, packed, kept, Steps(), precision)
             gemm.bp(dy, packed, kept, Steps(), precision)
             gemm.wg(x, dy, kept, Steps(), precision)
             gemm._keep(x, torch.empty_like(x), kept, Steps(), 2.0)
@@ -275,7 +275,7 @@ def test_wrong_operands_are_named() -> None:
     with emulated():
         packed = gemm.gemm_pack(torch.ones(3, 4))
         with pytest.raises(TypeError, match=r"x must be torch.float32, got torch.float16"):
-            gemm.fp(x.half(), packed, None, kept, Steps(), Precision.STRICT)
+            gemm.fp(x.half(), packed, kept, Steps(), Precision.STRICT)
         with pytest.raises(TypeError, match=r"weight must be torch.float16, got torch.float32"):
             gemm.bp(torch.ones(1, 2, 4).half(), packed, kept, Steps(), Precision.F16)
         with pytest.raises(TypeError, match=r"weight_t must be float32, float16 or bfloat16, got torch.float64"):
@@ -333,7 +333,7 @@ def test_tf32_is_used_where_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> 
             flags.allow_tf32 = allowed
             assert of_products(torch.float32) is (Precision.TF32 if allowed else Precision.STRICT)
             with emulated():
-                y = gemm.gemm_fp(x, gemm.gemm_pack(torch.ones(2, 1)), None, kept, Steps())
+                y = gemm.gemm_fp(x, gemm.gemm_pack(torch.ones(2, 1)), kept, Steps(), None)
             assert (y.item() == 1) is allowed
     finally:
         flags.allow_tf32 = before

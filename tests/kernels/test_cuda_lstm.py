@@ -7,11 +7,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_plugin.kernels import BackendError, Kept, Steps, Wanted, lstm_backward, lstm_forward, lstm_pack, reference
+from sd_plugin.kernels import (
+    BackendError,
+    Kept,
+    LSTMCall,
+    LSTMResultGradients,
+    Steps,
+    Wanted,
+    lstm_backward,
+    lstm_forward,
+    lstm_pack,
+)
 from sd_plugin.kernels.cuda import choices, driver, lstm, tiling
 from sd_plugin.kernels.cuda.driver import Properties
 from sd_plugin.kernels.cuda.precision import Precision
 from sd_plugin.kernels.cuda.tiling import Tile
+from sd_plugin.kernels.reference import BACKEND as REFERENCE
 
 from ..emulation.emulator import EmulatedDriver
 from ..tolerances import assert_close
@@ -67,20 +78,21 @@ def test_every_tile(
         for i, (name, shape) in enumerate(shapes.items())
     }
     high = {name: tensor.double() for name, tensor in low.items()}
-    told = (None, pattern.double() if isinstance(pattern, torch.Tensor) else pattern, layout.steps, reverse)
-    exact = reference.lstm_pack(high["weight_ih"], high["weight_hh"], high["bias_ih"], high["bias_hh"])
-    y, h_n, c_n, saved = reference.lstm_forward(exact, high["x"], high["h0"], high["c0"], *told)
-    states = (high["dh_n"], high["dc_n"])
-    expected = reference.lstm_backward(exact, high["dy"], *states, high["x"], *told, saved, Wanted(gates=True))
+    masked = pattern.double() if isinstance(pattern, torch.Tensor) else pattern
+    call = LSTMCall(None, masked, layout.steps, reverse)
+    exact = REFERENCE.lstm_pack(high["weight_ih"], high["weight_hh"], high["bias_ih"], high["bias_hh"])
+    y, h_n, c_n, saved = REFERENCE.lstm_forward(exact, high["x"], (high["h0"], high["c0"]), call)
+    gradients = LSTMResultGradients(high["dy"], high["dh_n"], high["dc_n"])
+    expected = REFERENCE.lstm_backward(exact, high["x"], saved, gradients, call, Wanted(gates=True))
 
     monkeypatch.setattr(choices, "recurrence", lambda best: tile)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", precision is Precision.TF32)
-    told = (None, pattern, layout.steps, reverse)
+    call = LSTMCall(None, pattern, layout.steps, reverse)
     with driver.use(EmulatedDriver(seed=seed)):
         packed = lstm.lstm_pack(low["weight_ih"], low["weight_hh"], low["bias_ih"], low["bias_hh"])
-        result = lstm.lstm_forward(packed, low["x"], low["h0"], low["c0"], *told)
-        states = (low["dh_n"], low["dc_n"])
-        grads = lstm.lstm_backward(packed, low["dy"], *states, low["x"], *told, result[3], Wanted(gates=True))
+        result = lstm.lstm_forward(packed, low["x"], (low["h0"], low["c0"]), call)
+        gradients = LSTMResultGradients(low["dy"], low["dh_n"], low["dc_n"])
+        grads = lstm.lstm_backward(packed, low["x"], result.saved, gradients, call, Wanted(gates=True))
 
     for got, right in zip((*result[:3], *grads), (y, h_n, c_n, *expected), strict=True):
         assert got.dtype == precision.dtype
@@ -104,8 +116,10 @@ def test_results_are_the_same_bits_at_every_run(way: str, monkeypatch: pytest.Mo
         for seed in (0, 1, 2):
             emulated.seed = seed
             packed = lstm_pack(*weights)
-            result = lstm_forward(packed, x, zeros, zeros, None, kept)
-            grads = lstm_backward(packed, result.y, zeros, zeros, x, result.saved, None, kept)
+            result = lstm_forward(packed, x, (zeros, zeros), LSTMCall(recurrent=kept))
+            grads = lstm_backward(
+                packed, x, result.saved, LSTMResultGradients(result.y, zeros, zeros), LSTMCall(recurrent=kept)
+            )
             runs.append([result.y, grads.x, grads.weight_ih, grads.weight_hh, grads.bias])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
@@ -119,13 +133,13 @@ def test_the_way_can_be_forced_and_a_wrong_one_is_an_error(monkeypatch: pytest.M
         monkeypatch.setenv("SD_PLUGIN_CUDA_RECURRENCE", "persistent")
         emulated.multiprocessors = 0
         with pytest.raises(BackendError, match="SD_PLUGIN_CUDA_RECURRENCE=persistent: the layer does not fit this GPU"):
-            lstm_forward(packed, x, zeros, zeros, None, kept)
+            lstm_forward(packed, x, (zeros, zeros), LSTMCall(recurrent=kept))
         monkeypatch.setenv("SD_PLUGIN_CUDA_RECURRENCE", "auto")
         # Where nothing fits, layers go step by step.
-        assert lstm_forward(packed, x, zeros, zeros, None, kept).saved.tile is None
+        assert lstm_forward(packed, x, (zeros, zeros), LSTMCall(recurrent=kept)).saved.tile is None
         monkeypatch.setenv("SD_PLUGIN_CUDA_RECURRENCE", "sideways")
         with pytest.raises(BackendError, match="SD_PLUGIN_CUDA_RECURRENCE=sideways is not valid; valid: auto, persis"):
-            lstm_forward(packed, x, zeros, zeros, None, kept)
+            lstm_forward(packed, x, (zeros, zeros), LSTMCall(recurrent=kept))
 
 
 @pytest.mark.parametrize(

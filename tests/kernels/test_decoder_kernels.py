@@ -12,26 +12,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sd_plugin.kernels import (
+    DecoderInputs,
     DecoderPatterns,
+    DecoderResultGradients,
     DecoderWeights,
     Kept,
     decoder_backward,
     decoder_forward,
     gemm_pack,
-    has_decoder,
     lstm_pack,
 )
 
 from .. import truth
 from ..tolerances import assert_close
 from .cases import examples, kept_units, noise_of, tensor_of
-
-
-@pytest.fixture
-def decodes(backend: str, device: str) -> None:
-    """Skips where the backend runs a decoder step by step only."""
-    if not has_decoder(torch.device(device), torch.float32):
-        pytest.skip(f"{backend} has no decoder in one piece")
 
 
 def exact(
@@ -77,7 +71,7 @@ def fed_back(output: Kept | Tensor | None, size: int) -> Kept | None:
     with_align=st.booleans(),
 )  # fmt: skip
 def test_forward_and_backward(
-    decodes: None, device: str, dtypes_of: Callable[[str], list[torch.dtype]], data: st.DataObject, layers: int,
+    backend: str, device: str, dtypes_of: Callable[[str], list[torch.dtype]], data: st.DataObject, layers: int,
     count: int, batch: int, embed: int, hidden: int, source: int, seed: int, general: bool, with_align: bool,
 ) -> None:  # fmt: skip
     dtype = data.draw(st.sampled_from(dtypes_of("lstm")))
@@ -133,14 +127,15 @@ def test_forward_and_backward(
         kept["query"],
         kept["output"],
     )
-    emb = low["emb"].transpose(0, 1)
-    state = (low["h0"], low["c0"], low["feed"])
     spans = torch.tensor(lengths, dtype=torch.int32)
-    result = decoder_forward(weights, emb, low["memory"], spans, state, patterns)
-    got = decoder_backward(
-        weights, low["dy"].transpose(0, 1), (low["dh_n"], low["dc_n"]), low["dalign"] if with_align else None,
-        emb, low["memory"], spans, state, result.saved, patterns,
+    inputs = DecoderInputs(
+        low["emb"].transpose(0, 1), low["memory"], spans, low["h0"], low["c0"], low["feed"]
     )  # fmt: skip
+    result = decoder_forward(weights, inputs, patterns)
+    gradients = DecoderResultGradients(
+        low["dy"].transpose(0, 1), low["dh_n"], low["dc_n"], low["dalign"] if with_align else None
+    )  # fmt: skip
+    got = decoder_backward(weights, inputs, result.saved, gradients, patterns)
 
     def check(name: str, value: Tensor, expected: Tensor) -> None:
         assert value.dtype == dtype
@@ -163,25 +158,32 @@ def test_forward_and_backward(
             check(f"d{name}_{layer}", value, grads[f"{name}_{layer}"])
 
 
-def test_shapes_are_checked(decodes: None) -> None:
+def test_shapes_are_checked(backend: str) -> None:
     cell = lstm_pack(torch.ones(16, 7), torch.ones(16, 4))
     weights = DecoderWeights((cell,), None, gemm_pack(torch.ones(8, 4)))
     nothing = DecoderPatterns(None, None, (), (None,), None, None)
-    emb, memory, lengths = torch.ones(2, 5, 3), torch.ones(2, 6, 4), torch.tensor([6, 1])
-    state = (torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.ones(2, 4))
-    decoder_forward(weights, emb, memory, lengths, state, nothing)
+    state = torch.ones(1, 2, 4)
+    inputs = DecoderInputs(
+        torch.ones(2, 5, 3), torch.ones(2, 6, 4), torch.tensor([6, 1]), state, state, torch.ones(2, 4)
+    )  # fmt: skip
+    result = decoder_forward(weights, inputs, nothing)
     with pytest.raises(ValueError, match=r"memory must be \[2, S, 4\], got \(2, 6, 5\)"):
-        decoder_forward(weights, emb, torch.ones(2, 6, 5), lengths, state, nothing)
+        decoder_forward(weights, inputs._replace(memory=torch.ones(2, 6, 5)), nothing)
     with pytest.raises(ValueError, match="layer 0 takes 7 inputs, must take 8"):
-        decoder_forward(weights, torch.ones(2, 5, 4), memory, lengths, state, nothing)
+        decoder_forward(weights, inputs._replace(emb=torch.ones(2, 5, 4)), nothing)
     with pytest.raises(ValueError, match=r"feed must be \[2, 4\]"):
-        decoder_forward(weights, emb, memory, lengths, (*state[:2], torch.ones(3, 4)), nothing)
+        decoder_forward(weights, inputs._replace(feed0=torch.ones(3, 4)), nothing)
     with pytest.raises(ValueError, match=r"join must be \[8, 4\], got \[4, 4\]"):
-        decoder_forward(weights._replace(join=gemm_pack(torch.ones(4, 4))), emb, memory, lengths, state, nothing)
+        decoder_forward(weights._replace(join=gemm_pack(torch.ones(4, 4))), inputs, nothing)
     with pytest.raises(ValueError, match="1 layers take as many recurrent patterns"):
-        decoder_forward(weights, emb, memory, lengths, state, DecoderPatterns(None, None, (), (), None, None))
+        decoder_forward(weights, inputs, DecoderPatterns(None, None, (), (), None, None))
     with pytest.raises(TypeError, match=r"another operand torch\.float64"):
-        decoder_forward(weights, emb, memory.double(), lengths, state, nothing)
+        decoder_forward(weights, inputs._replace(memory=inputs.memory.double()), nothing)
     kept = Kept.all(4, 4)
     with pytest.raises(ValueError, match="kept units are 4 steps of 4, the product has 5 of 4"):
-        decoder_forward(weights, emb, memory, lengths, state, DecoderPatterns(None, None, (), (kept,), None, None))
+        decoder_forward(weights, inputs, DecoderPatterns(None, None, (), (kept,), None, None))
+    right = DecoderResultGradients(*result[:4])
+    decoder_backward(weights, inputs, result.saved, right, nothing)
+    for name, wrong in (("dy", {"y": state}), ("dh_n", {"h_n": state[0]}), ("dalign", {"align": state})):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            decoder_backward(weights, inputs, result.saved, right._replace(**wrong), nothing)

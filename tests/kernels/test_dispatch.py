@@ -32,6 +32,24 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     fallbacks.clear()
 
 
+class Fake(reference.Reference):
+    """A backend whose products are all seven."""
+
+    def __init__(self, name: str, unavailable: str | None, unsupported: str | None) -> None:
+        self.name, self._unavailable, self._unsupported = name, unavailable, unsupported
+        self.calls: list[torch.Tensor] = []
+
+    def reason_unavailable(self) -> str | None:
+        return self._unavailable
+
+    def reason_unsupported(self, operation: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        return self._unsupported
+
+    def gemm_fp(self, x: torch.Tensor, *others: object) -> torch.Tensor:
+        self.calls.append(x)
+        return torch.full((1,), 7.0)
+
+
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Register:
     """Adds a backend that comes before all others."""
@@ -43,18 +61,13 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Register:
         name = f"fake{next(_serial)}"
         module = ModuleType(f"{kernels.__name__}.{name}")
         module.__spec__ = ModuleSpec(module.__name__, None)
-        module.NAME = name
-        module.reason_unavailable = lambda: unavailable
-        module.reason_unsupported = lambda operation, device, dtype: unsupported
-        calls = []
-        module.gemm_pack = lambda weight_t: weight_t
-        module.gemm_pack = lambda weight_t: weight_t
-        module.gemm_fp = lambda *args: calls.append(args) or torch.full((1,), 7.0)
+        backend = Fake(name, unavailable, unsupported)
+        module.BACKEND = backend
         monkeypatch.setitem(sys.modules, module.__name__, module)
         others = dict(BACKENDS)
         BACKENDS.clear()
         BACKENDS.update({name: made_for, **others})
-        return SimpleNamespace(name=name, module=module, calls=calls)
+        return SimpleNamespace(name=name, module=module, calls=backend.calls)
 
     return add
 
@@ -69,7 +82,7 @@ def test_auto_chooses_the_first_backend_that_can(value: str, monkeypatch: pytest
     assert forced() is None
     able = (name for name, reason in status().items() if reason is None and BACKENDS[name] in (None, "cpu"))
     chosen = choose("gemm_fp", CPU, torch.float32)
-    assert next(able) == chosen.NAME
+    assert next(able) == chosen.name
 
 
 def test_reference_is_always_available_and_last() -> None:
@@ -125,7 +138,7 @@ def test_an_unavailable_backend_is_not_warned_about_when_only_asked_or_when_forc
     register: Register, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     register(unavailable="no compiler")
-    assert choose("gemm_fp", CPU, torch.float32, counted=False).NAME != "fake"
+    assert choose("gemm_fp", CPU, torch.float32, counted=False).name != "fake"
     status()
     monkeypatch.setenv("SD_PLUGIN_BACKEND", "reference")
     assert product().item() == 2
@@ -142,7 +155,7 @@ def test_a_backend_that_cannot_do_a_call_is_counted(register: Register) -> None:
 def test_forced_backend_does_the_call(register: Register, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = register()
     monkeypatch.setenv("SD_PLUGIN_BACKEND", "Reference")
-    assert choose("gemm_fp", CPU, torch.float32) is reference
+    assert choose("gemm_fp", CPU, torch.float32) is reference.BACKEND
     assert product().item() == 2
     assert not fake.calls
     assert not fallbacks

@@ -8,7 +8,19 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sd_plugin.kernels import Kept, Steps, gemm_bp, gemm_fp, gemm_pack, gemm_wg, lstm_backward, lstm_forward, lstm_pack
+from sd_plugin.kernels import (
+    Kept,
+    LSTMCall,
+    LSTMResultGradients,
+    Steps,
+    gemm_bp,
+    gemm_fp,
+    gemm_pack,
+    gemm_wg,
+    lstm_backward,
+    lstm_forward,
+    lstm_pack,
+)
 
 from .. import truth
 from ..tolerances import assert_close, partial_sums
@@ -105,9 +117,10 @@ def test_layers(
     on = {name: tensor.to(device) for name, tensor in low.items()}
     patterns = [Kept(kept.indices.to(device), kept.size, kept.scale) for kept in (kept_x, kept_h)]
     packed = lstm_pack(*(on[name] for name in names))
-    result = lstm_forward(packed, on["x"], on["h0"], on["c0"], *patterns, reverse=reverse)
+    call = LSTMCall(*patterns, reverse=reverse)
+    result = lstm_forward(packed, on["x"], (on["h0"], on["c0"]), call)
     zeros = torch.zeros_like(on["h0"])
-    got = lstm_backward(packed, on["dy"], zeros, zeros, on["x"], result.saved, *patterns, reverse=reverse)
+    got = lstm_backward(packed, on["x"], result.saved, LSTMResultGradients(on["dy"], zeros, zeros), call)
     terms, depth = max(inputs + hidden, 4 * hidden, steps * rows), 2 * (steps + 1)
     assert_close(result.y, y, terms, depth, exact=True)
     for name, grad in zip(wanted, grads, strict=True):
@@ -124,8 +137,9 @@ def test_results_do_not_depend_on_the_number_of_threads(backend: str, device: st
 
     def run() -> list[Tensor]:
         packed = lstm_pack(weight, recurrent)
-        result = lstm_forward(packed, x, zeros, zeros, None, kept)
-        grads = lstm_backward(packed, dy, zeros, zeros, x, result.saved, None, kept)
+        call = LSTMCall(recurrent=kept)
+        result = lstm_forward(packed, x, (zeros, zeros), call)
+        grads = lstm_backward(packed, x, result.saved, LSTMResultGradients(dy, zeros, zeros), call)
         return [result.y, grads.x, grads.weight_ih, grads.weight_hh, grads.bias]  # type: ignore[list-item]
 
     before = torch.get_num_threads()

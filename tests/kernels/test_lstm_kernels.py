@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sd_plugin.kernels import Kept, Wanted, lstm_backward, lstm_forward, lstm_pack
+from sd_plugin.kernels import Kept, LSTMCall, LSTMResultGradients, Wanted, lstm_backward, lstm_forward, lstm_pack
 
 from .. import truth
 from ..tolerances import assert_close
@@ -66,11 +66,10 @@ def test_forward_and_backward(
     x = strided(layout.from_padded(on["x"]), how)
     dy = strided(layout.from_padded(on["dy"]), how)
     packed = lstm_pack(on["weight_ih"], on["weight_hh"], *((on["bias_ih"], on["bias_hh"]) if bias else (None, None)))
-    result = lstm_forward(packed, x, on["h0"], on["c0"], kept_on, pattern_on, layout.steps, reverse)
-    got = lstm_backward(
-        packed, dy, on["dh_n"], on["dc_n"], x, result.saved, kept_on, pattern_on, layout.steps, reverse,
-        Wanted(gates=True),
-    )  # fmt: skip
+    call = LSTMCall(kept_on, pattern_on, layout.steps, reverse)
+    result = lstm_forward(packed, x, (on["h0"], on["c0"]), call)
+    gradients = LSTMResultGradients(dy, on["dh_n"], on["dc_n"])
+    got = lstm_backward(packed, x, result.saved, gradients, call, Wanted(gates=True))
 
     expected = {"y": layout.from_padded(y), "h_n": h_n, "c_n": c_n}
     expected |= {name: layout.from_padded(grad) for name, grad in zip(wanted[:2], grads, strict=False)}
@@ -106,16 +105,10 @@ def test_rounding_is_that_of_torch(backend: str, device: str, dtypes_of: Dtypes,
 
     with torch.no_grad():
         packed = lstm_pack(*(weight.to(device) for weight in weights))
-        result = lstm_forward(packed, x.to(device), zeros.to(device), zeros.to(device), reverse=reverse)
-        grads = lstm_backward(
-            packed,
-            dy.to(device),
-            zeros.to(device),
-            zeros.to(device),
-            x.to(device),
-            result.saved,
-            reverse=reverse,
-        )
+        zero, call = zeros.to(device), LSTMCall(reverse=reverse)
+        result = lstm_forward(packed, x.to(device), (zero, zero), call)
+        gradients = LSTMResultGradients(dy.to(device), zero, zero)
+        grads = lstm_backward(packed, x.to(device), result.saved, gradients, call)
     ours = [result.y, grads.x, grads.weight_ih, grads.weight_hh, grads.bias]
 
     for got, stocks, right in zip(ours, theirs, wanted, strict=True):
@@ -132,7 +125,7 @@ def test_emitted_state_is_undropped(backend: str, device: str) -> None:
     state = torch.zeros(2, 4, device=device)
     x = torch.randn(3, 2, 3, device=device)
 
-    result = lstm_forward(lstm_pack(*weights), x, state, state, pattern_h=kept)
+    result = lstm_forward(lstm_pack(*weights), x, (state, state), LSTMCall(recurrent=kept))
 
     assert bool((result.y != 0).all())
     assert bool((result.y.abs() < 1).all()), "an LSTM's output is a product of a sigmoid and a tanh"
@@ -148,8 +141,8 @@ def test_packed_weights_are_a_snapshot(backend: str, device: str) -> None:
     ]
     x, state = torch.randn(2, 2, 3, device=device), torch.zeros(2, 2, device=device)
     packed = lstm_pack(*weights)
-    before = lstm_forward(packed, x, state, state).y
+    before = lstm_forward(packed, x, (state, state)).y
     for weight in weights:
         weight.zero_()
-    assert torch.equal(lstm_forward(packed, x, state, state).y, before)
+    assert torch.equal(lstm_forward(packed, x, (state, state)).y, before)
     assert bool((state == 0).all()), "initial states are not written to"

@@ -17,7 +17,7 @@ from sd_plugin import functional, hints
 from sd_plugin.attentional import attentional_decoder
 from sd_plugin.cell import StackedStructuredLSTM, SteppedDropout
 from sd_plugin.functional import LayerCall, Operand
-from sd_plugin.kernels import Kept, Steps, has_decoder
+from sd_plugin.kernels import Kept, Steps
 from sd_plugin.loss import cross_entropy
 from sd_plugin.patterns import draw_kept, draw_mask
 
@@ -210,8 +210,6 @@ def test_results_of_a_layer_can_be_written_in_place(
 def test_results_of_a_decoder_can_be_written_in_place(backend: str, device: str, general: bool) -> None:
     """Kernel by kernel it equals a decoder in float64; here, a program that writes equals one that copies first."""
     dtype, hidden, source = torch.float32, 4, 3
-    if not has_decoder(torch.device(device), dtype):
-        pytest.skip(f"{backend} has no decoder in one piece")
     torch.manual_seed(0)
     stack = StackedStructuredLSTM(2, UNITS + hidden, hidden, dropout=0.5, recurrent_dropout=0.5, output_dropout=0.5)
     tensors = leaves(

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from sd_plugin.kernels import (
     Kept,
+    LSTMCall,
+    LSTMResultGradients,
     Steps,
     Wanted,
     cross_entropy_backward,
@@ -22,11 +24,11 @@ from sd_plugin.kernels import (
     gemm_fp,
     gemm_pack,
     gemm_wg,
-    reference,
 )
 from sd_plugin.kernels.cuda import choices, lstm, packing, pattern, precision
 from sd_plugin.kernels.cuda.precision import Precision
 from sd_plugin.kernels.cuda.tiling import Tile
+from sd_plugin.kernels.reference import BACKEND as REFERENCE
 
 from ..emulation.emulator import EmulatedDriver
 from ..kernels import test_cuda_decoder
@@ -75,7 +77,7 @@ class Layer:
             pattern_h = (torch.rand(steps, batch, hidden, generator=generator) < 0.5).to(wanted.dtype) * 2
         elif kind != "none":
             count = hidden // 2 + 1 if kind == "kept" else None
-            indices, _ = reference.kept_lists(noise, count, 0.4, 1.0)
+            indices, _ = REFERENCE.kept_lists(noise, count, 0.4, 1.0)
             pattern_h = Kept(indices, hidden, 1.75, padded=kind == "padded")
         states = [normal(batch, hidden) for _ in range(4)]
         operands = {
@@ -87,16 +89,17 @@ class Layer:
             if isinstance(value, Tensor) else value
             for name, value in operands.items()
         }  # fmt: skip
-        return cls(operands, _run(reference, high))
+        return cls(operands, _run(REFERENCE, high))
 
 
 def _run(backend: Any, layer: dict[str, Any]) -> list[Tensor]:
     """Results of the forward and of the backward pass."""
     packed = backend.lstm_pack(*layer["weights"])
     h0, c0, dh_n, dc_n = layer["states"]
-    told = (None, layer["pattern"], _STEPS, layer["reverse"])
-    y, h_n, c_n, saved = backend.lstm_forward(packed, layer["x"], h0, c0, *told)
-    grads = backend.lstm_backward(packed, layer["dy"], dh_n, dc_n, layer["x"], *told, saved, Wanted(gates=True))
+    call = LSTMCall(None, layer["pattern"], _STEPS, layer["reverse"])
+    y, h_n, c_n, saved = backend.lstm_forward(packed, layer["x"], (h0, c0), call)
+    gradients = LSTMResultGradients(layer["dy"], dh_n, dc_n)
+    grads = backend.lstm_backward(packed, layer["x"], saved, gradients, call, Wanted(gates=True))
     return [y, h_n, c_n, *grads]
 
 
@@ -165,7 +168,7 @@ def orders(units: int, count: int, wanted: Precision) -> Probe:
             torch.stack([torch.randperm(units, generator=generator)[:count] for _ in range(3)]).sort(1).values.int()
         )
         chosen[0, -2:], chosen[1, 0] = units, -1
-        listed = lstm.pattern_of(Kept(chosen, units, 2.0, padded=True), 3, units, wanted)
+        listed = lstm.recurrent_of(Kept(chosen, units, 2.0, padded=True), 3, units, wanted)
         classes = 8 if wanted.dtype.itemsize == 2 else 4
         assert listed.order is not None and listed.factors is not None
         for step, row in enumerate(listed.order.tolist()):
@@ -209,7 +212,7 @@ def product(wanted: Precision, steps: Steps, rows: tuple[int, ...], units: int, 
         generator = torch.Generator().manual_seed(units)
         count = steps.count(torch.empty(*rows, 0))
         noise = torch.rand(1 if kind == "locked" else count, units, generator=generator)
-        indices, _ = reference.kept_lists(noise, None if kind == "padded" else units // 2 + 1, 0.4, 1.0)
+        indices, _ = REFERENCE.kept_lists(noise, None if kind == "padded" else units // 2 + 1, 0.4, 1.0)
         if kind == "wild":
             indices[0, 0], indices[-1, -1] = -3, units + 5
         kept = Kept(indices.expand(count, -1), units, 1.75, padded=kind == "padded")
@@ -222,9 +225,9 @@ def product(wanted: Precision, steps: Steps, rows: tuple[int, ...], units: int, 
         x = torch.where(dropped, x, float("nan"))
         high = [tensor.double() for tensor in (x, dy, weight, bias)]
         expected = [
-            reference.gemm_fp(high[0], high[2], high[3], exact, steps),
-            reference.gemm_bp(high[1], high[2], exact, steps),
-            reference.gemm_wg(high[0], high[1], exact, steps),
+            REFERENCE.gemm_fp(high[0], high[2], exact, steps, high[3]),
+            REFERENCE.gemm_bp(high[1], high[2], exact, steps),
+            REFERENCE.gemm_wg(high[0], high[1], exact, steps),
         ]
         for way in ("skip", "dense"):
             with in_precision(wanted), mock.patch.dict("os.environ", SD_PLUGIN_CUDA_PRODUCTS=way):
@@ -272,8 +275,8 @@ def cross_entropy(dtype: torch.dtype, rows: int, columns: int) -> Probe:
         target[0] = -100
         scale = torch.randn(rows, generator=generator).to(dtype)
         told = (target, -100, 0.1)
-        loss, lse = reference.cross_entropy_forward(logits.double(), *told)
-        gradient = reference.cross_entropy_backward(logits.double(), *told, lse, scale.double())
+        loss, lse = REFERENCE.cross_entropy_forward(logits.double(), *told)
+        gradient = REFERENCE.cross_entropy_backward(logits.double(), *told, lse, scale.double())
         got, got_lse = cross_entropy_forward(logits, *told)
         model = {"terms": columns, "depth": 1, "magnitude": float(logits.abs().max()), "exact": True}
         assert_close(got, loss, name="loss", **model)

@@ -337,7 +337,7 @@ def test_a_program_is_ended_with_what_it_started(tmp_path: Path) -> None:
 def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     from sd_plugin.kernels import cpu
 
-    right = getattr(cpu, name)
+    right = getattr(cpu.BACKEND, name)
 
     def wrong(*arguments: Any) -> Any:
         result = right(*arguments)
@@ -346,7 +346,7 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch, name: 
                 tensor.view(-1)[-1] += 0.1 * tensor.abs().max() + 1.0
         return result
 
-    monkeypatch.setattr(cpu, name, wrong)
+    monkeypatch.setattr(cpu.BACKEND, name, wrong)
     cases = {
         "gemm_wg": gpu_check_correct.product_cases,
         "lstm_backward": gpu_check_correct.layer_cases,

@@ -73,7 +73,7 @@ def test_no_address_is_taken_of_what_has_none() -> None:
     weight = kernels.gemm_pack(torch.randn(UNITS, CLASSES))
     for x, kind in ((torch.randn(STEPS, BATCH, UNITS, device="meta"), "meta tensor"), (fake(), "FakeTensor")):
         packed = weight._replace(device=x.device)
-        if packed.backend.NAME == "cpu":
+        if packed.backend.name == "cpu":
             with pytest.raises(RuntimeError, match=rf"need values in memory, got a {kind} of shape \[\d+"):
                 gemm_fp(x, packed, None, Steps(0))
     model = Model()

@@ -15,8 +15,8 @@ struct sd_decoder {
   const void *const *w, *const *u, *const *bias;  // packed, of each layer; a layer's bias may be null
   const void *w_in, *w_out;           // packed [hidden][hidden] (null: dot) and [2 hidden: context, query][hidden]
   sd_rows emb;
-  const sd_kept *kept_x;              // input of each layer; the first's: embed + hidden units, embedding and feed
-  const sd_kept *kept_h;              // h_{t-1} of each layer
+  const sd_kept *kept_input;              // input of each layer; the first's: embed + hidden units, embedding and feed
+  const sd_kept *kept_recurrent;              // h_{t-1} of each layer
   sd_kept kept_query, kept_out;       // of the last layer's output; of the decoder's
   // Multipliers [count][batch][hidden] beside lists of all units, or null: of h_{t-1} of each layer, of each layer's
   // output but the last's, and of the two above.
@@ -113,8 +113,8 @@ class Decoder {
       one.w = call.w[l];
       one.u = call.u[l];
       one.bias = call.bias[l];
-      one.kept_x = call.kept_x[l];
-      one.kept_h = call.kept_h[l];
+      one.kept_input = call.kept_input[l];
+      one.kept_recurrent = call.kept_recurrent[l];
       one.h0 = state(call.h0, l);
       one.c0 = state(call.c0, l);
       one.mask = call.mask_h[l];
@@ -138,7 +138,7 @@ class Decoder {
     return static_cast<const T*>(states) + int64_t(l) * batch * hidden;
   }
   void* state(void* states, int l) const { return static_cast<T*>(states) + int64_t(l) * batch * hidden; }
-  T* input(int l, int t) const { return static_cast<T*>(call.input[l]) + layers[l].x_lists.offset(t); }
+  T* input(int l, int t) const { return static_cast<T*>(call.input[l]) + layers[l].input_lists.offset(t); }
   T* query(int t) const { return static_cast<T*>(call.query) + query_lists.offset(t); }
   T* step_rows(void* data, int64_t t) const { return static_cast<T*>(data) + t * batch * hidden; }
   T* align(int64_t t, int b) const { return static_cast<T*>(call.align) + (t * batch + b) * call.source; }
@@ -151,7 +151,7 @@ class Decoder {
     return l + 1 == int(layers.size()) ? call.mask_query : call.mask_between[l];
   }
   // The feed's positions in the first layer's list, and the embedding's.
-  Range feed_part(int t) const { return layers[0].part(layers[0].x_lists, t, call.embed, call.embed + hidden); }
+  Range feed_part(int t) const { return layers[0].part(layers[0].input_lists, t, call.embed, call.embed + hidden); }
   Range embed_part(int t) const { return {0, feed_part(t).begin}; }
 
   void start_forward(T* h, T* c, Range panels, int me, int team);
@@ -190,7 +190,7 @@ void Decoder<T>::start_forward(T* h, T* c, Range panels, int me, int team) {
   Range steps = share(count, me, team);
   const T* emb = static_cast<const T*>(call.emb.data);
   for (int64_t t = steps.begin; t < steps.end; t++)
-    gather(emb + call.emb.start[t], call.emb.stride, batch, first.x_lists.at(t), int(embed_part(t).end), T(1),
+    gather(emb + call.emb.start[t], call.emb.stride, batch, first.input_lists.at(t), int(embed_part(t).end), T(1),
            input(0, t));
   for (size_t l = 0; l < layers.size(); l++)
     for (int64_t p = panels.begin; p < panels.end; p++) {
@@ -198,7 +198,7 @@ void Decoder<T>::start_forward(T* h, T* c, Range panels, int me, int team) {
       if (count) layers[l].write_operand(0, p, h + l * batch * padded);
     }
   if (count && me == 0)
-    write_units<T>(first.x_lists, 0, 0, hidden, call.embed, batch, static_cast<const T*>(call.feed0), hidden, nullptr,
+    write_units<T>(first.input_lists, 0, 0, hidden, call.embed, batch, static_cast<const T*>(call.feed0), hidden, nullptr,
                    0, input(0, 0));
 #pragma omp barrier
   for (int64_t p = panels.begin; p < panels.end; p++)
@@ -206,7 +206,7 @@ void Decoder<T>::start_forward(T* h, T* c, Range panels, int me, int team) {
       T zeros[kPanel<T>] = {};
       const T* start = call.bias[0] ? static_cast<const T*>(call.bias[0]) + p * kPanel<T> : zeros;
       forward_panel(input(0, t), batch, static_cast<const T*>(call.w[0]) + p * panel_size<T>(calls_[0].inputs),
-                    first.x_lists.at(t), int(embed_part(t).end), start, first.gates(p, t), kPanel<T>);
+                    first.input_lists.at(t), int(embed_part(t).end), start, first.gates(p, t), kPanel<T>);
     }
 }
 
@@ -220,7 +220,7 @@ void Decoder<T>::run_layer(int l, int t, T* h, T* c, Range panels) {
       Range feed = feed_part(t);
       forward_panel<T>(input(0, t) + feed.begin * batch, batch,
                        static_cast<const T*>(call.w[0]) + p * panel_size<T>(calls_[0].inputs),
-                       layer.x_lists.at(t) + feed.begin, int(feed.end - feed.begin), nullptr, layer.gates(p, t),
+                       layer.input_lists.at(t) + feed.begin, int(feed.end - feed.begin), nullptr, layer.gates(p, t),
                        kPanel<T>);
     } else {
       T zeros[kPanel<T>] = {};
@@ -233,7 +233,7 @@ void Decoder<T>::run_layer(int l, int t, T* h, T* c, Range panels) {
     if (last)
       write_query(t, p, h);
     else
-      write_units<T>(layers[l + 1].x_lists, t, p * kLanes<T>, (p + 1) * kLanes<T>, 0, batch, h, padded,
+      write_units<T>(layers[l + 1].input_lists, t, p * kLanes<T>, (p + 1) * kLanes<T>, 0, batch, h, padded,
                      factors(call.mask_between[l], t), hidden, input(l + 1, t));
   }
 }
@@ -292,7 +292,7 @@ void Decoder<T>::join(int t, T* joined, Range panels, const sd_rows& y) {
       }
     }
     if (t + 1 < count)
-      write_units<T>(layers[0].x_lists, t + 1, first, last, call.embed, batch, y_t, y.stride, nullptr, 0,
+      write_units<T>(layers[0].input_lists, t + 1, first, last, call.embed, batch, y_t, y.stride, nullptr, 0,
                      input(0, t + 1));
   }
 }
@@ -504,13 +504,13 @@ void Decoder<T>::backward(int threads, const sd_decoder_grad& grad) {
           for (int b = 0; b < batch; b++) store(from + b * padded + p * kLanes<T>, Vec<T>{});
         }
 #pragma omp barrier
-        layer.through_product(call.u[l], hidden, layer.h_lists, {0, layer.h_lists.count(t)}, t, dg, dh_l, padded, me,
+        layer.through_product(call.u[l], hidden, layer.recurrent_lists, {0, layer.recurrent_lists.count(t)}, t, dg, dh_l, padded, me,
                               team);
         if (l > 0)
-          layer.through_product(call.w[l], hidden, layer.x_lists, {0, layer.x_lists.count(t)}, t, dg,
+          layer.through_product(call.w[l], hidden, layer.input_lists, {0, layer.input_lists.count(t)}, t, dg,
                                 above + (l - 1) * batch * padded, padded, me, team);
         else  // the list's feed units are counted from `embed` on
-          layer.through_product(call.w[0], calls_[0].inputs, layer.x_lists, feed_part(t), t, dg, dfeed - call.embed,
+          layer.through_product(call.w[0], calls_[0].inputs, layer.input_lists, feed_part(t), t, dg, dfeed - call.embed,
                                 hidden, me, team);
 #pragma omp barrier
         if (call.mask_h[l])
@@ -522,7 +522,7 @@ void Decoder<T>::backward(int threads, const sd_decoder_grad& grad) {
         layers[l].store_states(dh + l * batch * padded, dc + l * batch * padded, p, state(grad.dh0, l),
                                state(grad.dc0, l));
     for (int t = 0; t < count; t++)
-      layers[0].through_product(call.w[0], calls_[0].inputs, layers[0].x_lists, embed_part(t), t, dgates,
+      layers[0].through_product(call.w[0], calls_[0].inputs, layers[0].input_lists, embed_part(t), t, dgates,
                                 static_cast<T*>(grad.demb.data) + grad.demb.start[t], grad.demb.stride, me, team);
     for (int64_t b = rows.begin; b < rows.end; b++)
       std::copy(dfeed + b * hidden, dfeed + (b + 1) * hidden, static_cast<T*>(grad.dfeed0) + b * hidden);
@@ -530,10 +530,10 @@ void Decoder<T>::backward(int threads, const sd_decoder_grad& grad) {
     GradBlock<T>* blocks = all_blocks + int64_t(me) * (count + 1);
     for (int l = 0; l < depth && grad.dw; l++) {
       T* dg = dgates + l * gate_size;
-      layers[l].weight_gradient(layers[l].x_lists, static_cast<const T*>(call.input[l]), calls_[l].inputs, dg, blocks,
+      layers[l].weight_gradient(layers[l].input_lists, static_cast<const T*>(call.input[l]), calls_[l].inputs, dg, blocks,
                                 panel, panels, grad.dw[l]);
-      layers[l].weight_gradient(layers[l].h_lists, static_cast<const T*>(call.operand[l]), hidden, dg, blocks, panel,
-                                panels, grad.du[l]);
+      layers[l].weight_gradient(layers[l].recurrent_lists, static_cast<const T*>(call.operand[l]), hidden, dg, blocks,
+                                panel, panels, grad.du[l]);
       layers[l].store_bias_gradient(dbias + l * layers[l].panels * kPanel<T>, panels, grad.dbias[l]);
     }
     auto query_at = [&](int t) { return query(t); };

@@ -12,8 +12,8 @@ struct sd_lstm {
   int32_t inputs, hidden, reverse;
   const void *w, *u, *bias;  // packed; bias null: none
   sd_rows x;
-  sd_kept kept_x, kept_h;
-  const void* mask;     // [count][batch][hidden] multiplier of h_{t-1} beside kept_h, or null
+  sd_kept kept_input, kept_recurrent;
+  const void* mask;     // [count][batch][hidden] multiplier of h_{t-1} beside kept_recurrent, or null
   const void *h0, *c0;  // [batch][hidden]
   // Kept for the backward call. gates: [panels][padded rows of all steps][panel], after their non-linearities; cells:
   // [rows][padded hidden] c_t; operand: [kept][rows] of each step, the dropped h_{t-1}.
@@ -41,7 +41,7 @@ class Layer {
   static constexpr int L = kLanes<T>;
 
   Layer(const sd_lstm& call, Arena& arena)
-      : call(call), x_lists(call.kept_x, call.steps, arena), h_lists(call.kept_h, call.steps, arena),
+      : call(call), input_lists(call.kept_input, call.steps, arena), recurrent_lists(call.kept_recurrent, call.steps, arena),
         columns{4 * int64_t(call.hidden), true}, panels(columns.panels()), padded(panels * L) {
     first_row_ = arena.take<int64_t>(call.steps.count + 1);
     first_row_[0] = 0;
@@ -58,7 +58,7 @@ class Layer {
 
   T* gates(int64_t p, int t) const { return static_cast<T*>(call.gates) + (p * padded_rows<T>(rows) + first_row_[t]) * kPanel<T>; }
   T* cells(int t, int b) const { return static_cast<T*>(call.cells) + cell(t, b) * padded; }
-  T* operand(int t) const { return static_cast<T*>(call.operand) + h_lists.offset(t); }
+  T* operand(int t) const { return static_cast<T*>(call.operand) + recurrent_lists.offset(t); }
 
   Vec<T> load_state(const void* state, int b, int64_t p) const {
     const T* from = static_cast<const T*>(state) + int64_t(b) * call.hidden + p * L;
@@ -99,7 +99,7 @@ class Layer {
   }
 
   const sd_lstm& call;
-  Lists x_lists, h_lists;
+  Lists input_lists, recurrent_lists;
   Columns<T> columns;
   int64_t panels, padded, rows;
 
@@ -141,20 +141,20 @@ template <class T>
 void Layer<T>::write_operand(int t, int64_t p, const T* h) const {
   const T* mask = static_cast<const T*>(call.mask);
   if (mask) mask += int64_t(t) * call.steps.batch * call.hidden;
-  write_units(h_lists, t, p * L, (p + 1) * L, 0, rows_at(t), h, padded, mask, call.hidden, operand(t));
+  write_units(recurrent_lists, t, p * L, (p + 1) * L, 0, rows_at(t), h, padded, mask, call.hidden, operand(t));
 }
 
 // x: the compact operand of all steps. start: the bias.
 template <class T>
 void Layer<T>::input_product(int t, int64_t p, const T* x, const T* start) const {
-  forward_panel(x + x_lists.offset(t), rows_at(t), static_cast<const T*>(call.w) + p * panel_size<T>(call.inputs),
-                x_lists.at(t), x_lists.count(t), start, gates(p, t), kPanel<T>);
+  forward_panel(x + input_lists.offset(t), rows_at(t), static_cast<const T*>(call.w) + p * panel_size<T>(call.inputs),
+                input_lists.at(t), input_lists.count(t), start, gates(p, t), kPanel<T>);
 }
 
 template <class T>
 void Layer<T>::recurrent_product(int t, int64_t p) const {
   forward_panel<T>(operand(t), rows_at(t), static_cast<const T*>(call.u) + p * panel_size<T>(call.hidden),
-                   h_lists.at(t), h_lists.count(t), nullptr, gates(p, t), kPanel<T>);
+                   recurrent_lists.at(t), recurrent_lists.count(t), nullptr, gates(p, t), kPanel<T>);
 }
 
 // Gates of the i-th step run, from pre-activations in place; then c_t and h_t, also to y (rows of that step) unless null.
@@ -284,13 +284,13 @@ void lstm_forward(int threads, const sd_lstm& call, const sd_lstm_out& out) {
   Arena& arena = Arena::mine();
   const Layer<T> layer(call, arena);
   const int count = layer.count();
-  T *x = arena.take<T>(layer.x_lists.offset(count)), *h = layer.take_state(arena), *c = layer.take_state(arena);
+  T *x = arena.take<T>(layer.input_lists.offset(count)), *h = layer.take_state(arena), *c = layer.take_state(arena);
   const T* no_bias = take_zeros<T>(arena, kPanel<T>);
 #pragma omp parallel num_threads(threads)
   {
     int me = omp_get_thread_num(), team = omp_get_num_threads();
     Range mine = share(layer.panels, me, team);
-    gather_all(call.x, call.steps, layer.x_lists, x, me, team);
+    gather_all(call.x, call.steps, layer.input_lists, x, me, team);
     for (int64_t p = mine.begin; p < mine.end; p++) {
       layer.load_states(call.h0, call.c0, p, h, c);
       if (count) layer.write_operand(layer.step(0), p, h);
@@ -318,7 +318,7 @@ void lstm_backward(int threads, const sd_lstm& call, const sd_lstm_grad& grad) {
   Arena& arena = Arena::mine();
   const Layer<T> layer(call, arena);
   const int count = layer.count();
-  T* x = arena.take<T>(grad.dw ? layer.x_lists.offset(count) : 0);
+  T* x = arena.take<T>(grad.dw ? layer.input_lists.offset(count) : 0);
   T* dgates = arena.take<T>(layer.panels * panel_size<T>(layer.rows));
   T *dh = layer.take_state(arena), *dc = layer.take_state(arena);
   T* dbias = take_zeros<T>(arena, layer.panels * kPanel<T>);
@@ -329,7 +329,7 @@ void lstm_backward(int threads, const sd_lstm& call, const sd_lstm_grad& grad) {
   {
     int me = omp_get_thread_num(), team = omp_get_num_threads();
     Range mine = share(layer.panels, me, team);
-    if (grad.dw) gather_all(call.x, call.steps, layer.x_lists, x, me, team);
+    if (grad.dw) gather_all(call.x, call.steps, layer.input_lists, x, me, team);
     if (grad.dx.data) zero_rows<T>(grad.dx, call.steps, call.inputs, me, team);
     for (int64_t p = mine.begin; p < mine.end; p++) layer.load_states(grad.dh_n, grad.dc_n, p, dh, dc);
 #pragma omp barrier
@@ -339,8 +339,8 @@ void lstm_backward(int threads, const sd_lstm& call, const sd_lstm_grad& grad) {
       for (int64_t p = mine.begin; p < mine.end; p++)
         layer.gate_gradients(i, p, dy, grad.dy.stride, dgates, dh, dc, dbias);
 #pragma omp barrier
-      layer.through_product(call.u, call.hidden, layer.h_lists, {0, layer.h_lists.count(t)}, t, dgates, dh,
-                            layer.padded, me, team);
+      layer.through_product(call.u, call.hidden, layer.recurrent_lists, {0, layer.recurrent_lists.count(t)}, t, dgates,
+                            dh, layer.padded, me, team);
 #pragma omp barrier
       if (call.mask)
         for (int64_t p = mine.begin; p < mine.end; p++) layer.mask_gradient(call.mask, t, p, dh);
@@ -348,14 +348,14 @@ void lstm_backward(int threads, const sd_lstm& call, const sd_lstm_grad& grad) {
     for (int64_t p = mine.begin; p < mine.end; p++) layer.store_states(dh, dc, p, grad.dh0, grad.dc0);
     if (grad.dx.data)
       for (int t = 0; t < count; t++)
-        layer.through_product(call.w, call.inputs, layer.x_lists, {0, layer.x_lists.count(t)}, t, dgates,
+        layer.through_product(call.w, call.inputs, layer.input_lists, {0, layer.input_lists.count(t)}, t, dgates,
                               static_cast<T*>(grad.dx.data) + grad.dx.start[t], grad.dx.stride, me, team);
     GradBlock<T>* blocks = all_blocks + int64_t(me) * count;
     T* panel = rooms + me * room;
-    if (grad.dw) layer.weight_gradient(layer.x_lists, x, call.inputs, dgates, blocks, panel, mine, grad.dw);
+    if (grad.dw) layer.weight_gradient(layer.input_lists, x, call.inputs, dgates, blocks, panel, mine, grad.dw);
     if (grad.du)
-      layer.weight_gradient(layer.h_lists, static_cast<const T*>(call.operand), call.hidden, dgates, blocks, panel,
-                            mine, grad.du);
+      layer.weight_gradient(layer.recurrent_lists, static_cast<const T*>(call.operand), call.hidden, dgates, blocks,
+                            panel, mine, grad.du);
     if (grad.dbias) layer.store_bias_gradient(dbias, mine, grad.dbias);
     if (grad.dgates.data) layer.store_gate_gradients(dgates, mine, grad.dgates);
   }
