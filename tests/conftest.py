@@ -1,6 +1,18 @@
-"""Hypothesis profiles for all tests: `--hypothesis-profile=explore` looks further than the default."""
+"""For all tests: ways to run programs, and Hypothesis profiles.
 
+`--hypothesis-profile=explore` looks further than the default.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+from .forks import Forks, forks
 
 settings.register_profile(
     "ci",
@@ -13,3 +25,29 @@ settings.register_profile(
 )
 settings.register_profile("explore", settings.get_profile("ci"), derandomize=False, max_examples=1000)
 settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Runs programs that need no start of their own, in forks of one Python."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SD_PLUGIN", "PYTHON"))}
+    # A fixed order of sets is what ner_main.py would start itself again for.
+    env = {**kept, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    with forks(tmp_path_factory.mktemp("output"), env) as fork:
+        yield fork
+
+
+@pytest.fixture
+def without(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """An environment in which modules look as if they were not installed."""
+
+    def environment(*modules: str) -> dict[str, str]:
+        folder = tmp_path / "not installed"
+        folder.mkdir()
+        for module in modules:
+            text = f"raise ModuleNotFoundError('No module named {module}', name={module!r})\n"
+            (folder / f"{module}.py").write_text(text)
+        # Searched before the folder of installed packages.
+        return {**os.environ, "PYTHONPATH": str(folder)}
+
+    return environment
