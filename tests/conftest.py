@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,12 @@ settings.register_profile(
 )
 settings.register_profile("explore", settings.get_profile("ci"), derandomize=False, max_examples=1000)
 settings.load_profile("ci")
+
+
+def pytest_collection_finish() -> None:
+    """Neither the garbage collector, nor who asks it for all objects, looks again and again through what stays."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
