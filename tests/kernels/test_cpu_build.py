@@ -318,10 +318,18 @@ def only_the_administrator_gives_files_away() -> None:
 
 
 @pytest.mark.parametrize(
-    ("what", "mode", "owner"),
-    [("cache", 0o777, None), ("cache", 0o700, STRANGER), ("library", 0o666, None), ("library", 0o644, STRANGER)],
-)
-@pytest.mark.parametrize("variable", ["SD_PLUGIN_CACHE", "XDG_CACHE_HOME", "HOME"])
+    ("variable", "what", "mode", "owner"),
+    [
+        ("SD_PLUGIN_CACHE", "cache", 0o777, None), ("SD_PLUGIN_CACHE", "cache", 0o700, STRANGER),
+        ("SD_PLUGIN_CACHE", "library", 0o666, None), ("SD_PLUGIN_CACHE", "library", 0o644, STRANGER),
+        ("XDG_CACHE_HOME", "cache", 0o777, None), ("HOME", "library", 0o644, STRANGER),
+        *more(
+            ("XDG_CACHE_HOME", "cache", 0o700, STRANGER), ("XDG_CACHE_HOME", "library", 0o666, None),
+            ("XDG_CACHE_HOME", "library", 0o644, STRANGER), ("HOME", "cache", 0o777, None),
+            ("HOME", "cache", 0o700, STRANGER), ("HOME", "library", 0o666, None),
+        ),
+    ],
+)  # fmt: skip
 def test_a_library_that_others_may_have_written_is_not_loaded(
     stand_in: Path,
     tmp_path: Path,
