@@ -28,10 +28,12 @@ settings.register_profile("explore", settings.get_profile("ci"), derandomize=Fal
 settings.load_profile("ci")
 
 
-def pytest_collection_finish() -> None:
-    """Neither the garbage collector, nor who asks it for all objects, looks again and again through what stays."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(scope="module", autouse=True)
+def what_stays_is_not_looked_through() -> None:
+    """By the garbage collector, nor by who asks it for all objects: half a million, of all that was imported."""
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
