@@ -60,6 +60,7 @@ from typer.main import get_command
 from sd_plugin import UsageError, kernels
 from sd_plugin.bench import machine as bench_machine
 from sd_plugin.bench import results
+from sd_plugin.bench.folders import without_folders
 
 SCRIPT = Path(__file__).resolve()
 #: Section -> its share of the time; what one leaves over goes to those after it.
@@ -164,7 +165,7 @@ def head(machine: Machine, seconds: float, command: list[str]) -> dict[str, Any]
         "rehearsal": machine.tiny,
         "complete": False,
         "date": bench_machine.now(),
-        "command": " ".join(["gpu_check.py", *map(bench_machine.without_folders, command)]),
+        "command": " ".join(["gpu_check.py", *map(without_folders, command)]),
         "seconds": seconds,
         "machine": {**about, "driver": gpu_check_programs.driver_version() if machine.is_gpu else None},
         "versions": {**bench_machine.versions(), "cupy": getattr(cupy, "__version__", None)},

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sd_plugin.bench.machine import without_folders
+from sd_plugin.bench.folders import without_folders
 
 KIND = "sd-plugin gpu check"
 SCHEMA = 1

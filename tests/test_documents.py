@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import subprocess
 import sys
@@ -12,13 +13,16 @@ import pytest
 
 from sd_plugin import _tested
 
+from .forks import Forks
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_of_the_readme_runs_and_loses_no_hint() -> None:
+def test_the_example_of_the_readme_runs_and_loses_no_hint(fork: Forks) -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, check=True)
+    done = fork("-c", [example], cwd=Path.cwd(), env=os.environ)
+    assert done.returncode == 0, done.stderr
     rows = re.findall(r"^  (lstm\S+) +1 +50.0% +50.0% +0 +(\d+)$", done.stdout, re.MULTILINE)
     assert dict(rows) == dict.fromkeys(("lstm.l0.recurrent", "lstm.l1.input", "lstm.l1.recurrent", "lstm.output"), "0")
     assert "slow path" not in done.stderr

@@ -12,7 +12,7 @@ nothing skipped, NR+ST and NR+RH+ST. So what fusion gives is told apart from wha
 | :mod:`.zaremba`, :mod:`.awd_lstm`, :mod:`.opennmt`, :mod:`.ner` | the paper's systems |
 | :mod:`.timing` | interleaved repeats |
 | :mod:`.phases`, :mod:`.sweeps`, :mod:`.memory` | what is measured beside the step |
-| :mod:`.machine`, :mod:`.results` | where it ran, and the file |
+| :mod:`.machine`, :mod:`.folders`, :mod:`.results` | where it ran, without its folders, and the file |
 | :mod:`.summary` | ratios, bounds and tables from a file; standard library only |
 | :mod:`.command`, :mod:`.cli`, :mod:`.runner` | the program |
 """

@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__, kernels
 from . import opennmt_host
+from .folders import without_folders
 
 
 def _field(path: str, name: str) -> str | None:
@@ -102,15 +103,6 @@ def git() -> dict[str, Any] | None:
 def command(arguments: Sequence[str]) -> str:
     """The command line, without the folders of the machine."""
     return " ".join(["sd-plugin bench", *(without_folders(argument) for argument in arguments)])
-
-
-def without_folders(text: str) -> str:
-    """``text`` with every absolute path cut down to its last part."""
-    words = []
-    for word in text.split(" "):
-        name, equals, value = word.rpartition("=")
-        words.append(f"{name}{equals}{Path(value).name if os.path.isabs(value) else value}")
-    return " ".join(words)
 
 
 def now() -> str:

@@ -13,6 +13,7 @@ import torch
 from .. import kernels, stats
 from . import machine, memory, phases, precision, sweeps
 from .columns import COLUMNS, FP32
+from .folders import without_folders
 from .registry import WORKLOADS
 from .results import KIND, SCHEMA, Document
 from .timing import Clock, Samples
@@ -162,7 +163,7 @@ def _in_precision(workload: Workload, settings: Settings, setup: Setup, clock: C
             measured["products"].append(phases.measure(product, columns, setup, timer))
             tell(None)
     measured["fallbacks"] = [
-        {"operation": operation, "backend": name, "reason": machine.without_folders(reason), "calls": calls}
+        {"operation": operation, "backend": name, "reason": without_folders(reason), "calls": calls}
         for (operation, name, reason), calls in kernels.fallbacks.items()
     ]
     measured["lost_hints"] = {name: site.lost for name, site in stats.sites().items() if site.lost}

@@ -12,11 +12,17 @@ from typing import Any
 from ..patience import PATIENCE
 
 
+def environment(**more: str) -> dict[str, str]:
+    """One thread, and no warnings but ours on standard error."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **more}
+
+
 def bench(*arguments: object, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """``sd-plugin bench ARGUMENTS``, with no progress and no warnings but ours on standard error."""
+    """``sd-plugin bench ARGUMENTS`` in a Python of its own, with no progress on standard error."""
     command = [sys.executable, "-m", "sd_plugin", "bench", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environ}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, env=environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=PATIENCE, env=environment(**environ)
+    )
 
 
 @dataclass(frozen=True)

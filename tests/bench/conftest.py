@@ -10,7 +10,8 @@ import torch
 
 from sd_plugin import stats
 
-from .bench_program import TinyRun, bench
+from ..forks import Forks
+from .bench_program import TinyRun, environment
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +25,11 @@ def process_state() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, fork: Forks) -> TinyRun:
     """Every workload, column, phase and sweep, once."""
     folder = tmp_path_factory.mktemp("bench")
     path = folder / "tiny.json"
-    done = bench(
-        *("--scale", "tiny", "--repeats", 2, "--warmup", 1, "--threads", 1, "--sweeps", "--no-memory", "--json", path),
-        cwd=folder,
-    )
+    arguments = ("--scale", "tiny", "--repeats", 2, "--warmup", 1, "--threads", 1, "--sweeps", "--no-memory")
+    done = fork("-m", ["sd_plugin", "bench", *arguments, "--json", path], cwd=folder, env=environment())
     assert done.returncode == 0, done.stderr
     return TinyRun(path, json.loads(path.read_text(encoding="utf-8")), done.stdout)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,19 @@ import gpu_check_report
 
 from sd_plugin.kernels.cuda.precision import Precision
 
+from ..forks import Forks
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "cuda_resources.py"
 RESULTS = ROOT / "benchmarks" / "results" / "cuda_resources.json"
 DOCUMENT = ROOT / "docs" / "kernels.md"
+Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def program(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+@pytest.fixture
+def program(fork: Forks) -> Program:
+    """Runs ``cuda_resources.py``; tests/test_documents.py starts it in a Python of its own."""
+    return lambda *arguments: fork(SCRIPT, arguments, cwd=ROOT, env=os.environ)
 
 
 @pytest.fixture
@@ -57,7 +64,7 @@ def checked(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(document), encoding="utf-8")
 
 
-def test_measured_times_come_from_the_files_of_a_gpu(files: tuple[Path, Path]) -> None:
+def test_measured_times_come_from_the_files_of_a_gpu(program: Program, files: tuple[Path, Path]) -> None:
     file, document = files
     checked(file.with_name("gpu_check_h100.json"))
     checked(file.with_name("gpu_check_h100_bench.json"), kind="sd-plugin bench")
@@ -120,7 +127,7 @@ def test_floors_by_hand() -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_document_that_is_out_of_date_is_told(files: tuple[Path, Path]) -> None:
+def test_a_document_that_is_out_of_date_is_told(program: Program, files: tuple[Path, Path]) -> None:
     file, document = files
     text = document.read_text(encoding="utf-8")
     document.write_text(text.replace("| 1.2 | unmeasured |", "| 1.1 | unmeasured |"), encoding="utf-8")
@@ -138,7 +145,7 @@ def test_a_document_that_is_out_of_date_is_told(files: tuple[Path, Path]) -> Non
         assert reason in done.stderr
 
 
-def test_wrong_use(files: tuple[Path, Path]) -> None:
+def test_wrong_use(program: Program, files: tuple[Path, Path]) -> None:
     file, document = files
     document.write_text("no marks", encoding="utf-8")
     done = program("--no-compile", "--json", file, "--into", document)

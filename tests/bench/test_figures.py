@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ..forks import Forks
 from ..more import more
 from ..patience import PATIENCE
 from .bench_program import TinyRun
 
 ROOT = Path(__file__).resolve().parents[2]
+Program = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def program(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """One of benchmarks/, which must not need torch."""
-    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT.parent)
+@pytest.fixture
+def program(fork: Forks) -> Program:
+    """Runs one of benchmarks/."""
+    return lambda name, *arguments: fork(ROOT / "benchmarks" / name, arguments, cwd=ROOT.parent, env=os.environ)
 
 
 @pytest.mark.parametrize(("kind", "start"), [("png", b"\x89PNG"), *more(("svg", b"<?xml"))])
-def test_figures_of_steps_and_sweeps(tiny_run: TinyRun, tmp_path: Path, kind: str, start: bytes) -> None:
+def test_figures_of_steps_and_sweeps(
+    program: Program, tiny_run: TinyRun, tmp_path: Path, kind: str, start: bytes
+) -> None:
     pytest.importorskip("matplotlib")
     done = program("plot.py", tiny_run.path, "--out", tmp_path / "figures", "--format", kind)
     assert done.returncode == 0, done.stderr
@@ -36,7 +42,7 @@ def test_figures_of_steps_and_sweeps(tiny_run: TinyRun, tmp_path: Path, kind: st
         assert all(label in text for label in ("NR+RH+ST", "whole step", "AWD-LSTM", "no result"))
 
 
-def test_an_unfinished_run_is_drawn_as_far_as_it_goes(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_an_unfinished_run_is_drawn_as_far_as_it_goes(program: Program, tiny_run: TinyRun, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     document = dict(tiny_run.document)
     some = {name: document["workloads"][name] for name in ("awd-lstm",)}
@@ -48,11 +54,20 @@ def test_an_unfinished_run_is_drawn_as_far_as_it_goes(tiny_run: TinyRun, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["plot.py", "table.py"])
-def test_what_is_no_benchmark_is_told_in_a_line(tmp_path: Path, name: str) -> None:
+def test_what_is_no_benchmark_is_told_in_a_line(
+    tmp_path: Path, without: Callable[..., dict[str, str]], name: str
+) -> None:
+    """By programs that need no torch."""
+    if name == "plot.py":
+        pytest.importorskip("matplotlib")
     path = tmp_path / "other.json"
     path.write_text("{}")
     # A folder is made only for what can be drawn.
-    done = program(name, path, *(("--out", tmp_path / "new") if name == "plot.py" else ()))
+    out = ["--out", str(tmp_path / "new")] if name == "plot.py" else []
+    command = [sys.executable, str(ROOT / "benchmarks" / name), str(path), *out]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE, cwd=ROOT.parent, env=without("torch")
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert not (tmp_path / "new").exists()
     (line,) = done.stderr.splitlines()
@@ -60,7 +75,7 @@ def test_what_is_no_benchmark_is_told_in_a_line(tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["plot.py", "table.py", "cuda_resources.py"])
-def test_a_wrong_command_line_is_told_in_a_line(name: str) -> None:
+def test_a_wrong_command_line_is_told_in_a_line(program: Program, name: str) -> None:
     if name == "plot.py":
         pytest.importorskip("matplotlib")
     done = program(name, "--nonsense")
@@ -69,7 +84,7 @@ def test_a_wrong_command_line_is_told_in_a_line(name: str) -> None:
     assert line.startswith("error: ") and "--nonsense" in line
 
 
-def test_tables_are_markdown_and_say_they_are_tiny(tiny_run: TinyRun) -> None:
+def test_tables_are_markdown_and_say_they_are_tiny(program: Program, tiny_run: TinyRun) -> None:
     done = program("table.py", tiny_run.path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("TINY SHAPES")

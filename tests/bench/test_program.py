@@ -7,6 +7,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 import torch
 
 from sd_plugin import UsageError
-from sd_plugin.bench import cli, machine, runner
+from sd_plugin.bench import cli, runner
 from sd_plugin.bench.columns import DENSE, PHASES, STOCK
+from sd_plugin.bench.folders import without_folders
 from sd_plugin.bench.registry import WORKLOADS
 from sd_plugin.bench.workload import Setup
 from sd_plugin.kernels import BACKENDS
@@ -189,12 +191,8 @@ def test_an_interrupted_run_keeps_what_is_finished(
 
 
 @pytest.mark.parametrize("module", ["typer", "rich"])
-def test_what_it_needs_is_said_in_a_line(tmp_path: Path, module: str) -> None:
-    folder = tmp_path / "not installed"
-    folder.mkdir()
-    text = f"raise ModuleNotFoundError('No module named {module}', name={module!r})\n"
-    (folder / f"{module}.py").write_text(text)
-    done = bench("--help", cwd=tmp_path, PYTHONPATH=str(folder))
+def test_what_it_needs_is_said_in_a_line(tmp_path: Path, without: Callable[..., dict[str, str]], module: str) -> None:
+    done = bench("--help", cwd=tmp_path, PYTHONPATH=without(module)["PYTHONPATH"])
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "sd-plugin: error: sd-plugin bench needs typer and rich: pip install 'sd-plugin[bench]'\n"
 
@@ -210,5 +208,5 @@ def test_progress_is_told_as_often_as_announced() -> None:
 
 
 def test_folders_are_cut_from_what_is_written() -> None:
-    cut = machine.without_folders
-    assert cut("--json /a/b/c.json --host awd-lstm=/d/e x=1 rel/f") == "--json c.json --host awd-lstm=e x=1 rel/f"
+    cut = without_folders("--json /a/b/c.json --host awd-lstm=/d/e x=1 rel/f")
+    assert cut == "--json c.json --host awd-lstm=e x=1 rel/f"

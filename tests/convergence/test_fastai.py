@@ -20,6 +20,7 @@ import sd_plugin
 from sd_plugin import stats
 
 from .. import counted
+from ..more import more
 from ..tolerances import of_training
 
 pytestmark = pytest.mark.convergence
@@ -103,15 +104,14 @@ def test_nothing_dropped_is_the_same_training(fastai: Any, text: Tensor) -> None
     assert len(stats.sites()) == 5
 
 
-def test_structured_dropout_learns_as_fastais_own(fastai: Any, text: Tensor) -> None:
+@pytest.mark.parametrize(("mode", "places"), [("nr_rh_st", 5), *more(("nr_st", 3))])
+def test_structured_dropout_learns_as_fastais_own(fastai: Any, text: Tensor, mode: str, places: int) -> None:
     _, own = train(fastai, 0.2, 0.2, text, UPDATES)
     assert ENTROPY < own < LEARNED, "the baseline itself has learned"
-    for mode, places in (("nr_st", 3), ("nr_rh_st", 5)):
-        stats.reset()
-        sd_plugin.enable("fastai", mode=mode)
-        losses, loss = train(fastai, 0.2, 0.2, text, UPDATES)
-        assert losses[0] > 2.2, "from knowing nothing"
-        assert ENTROPY < loss < LEARNED
-        assert abs(loss - own) < BAND
-        assert len(stats.sites()) == places
-        assert not any(site.lost for site in counted.sites().values()), "every product skipped, throughout"
+    sd_plugin.enable("fastai", mode=mode)
+    losses, loss = train(fastai, 0.2, 0.2, text, UPDATES)
+    assert losses[0] > 2.2, "from knowing nothing"
+    assert ENTROPY < loss < LEARNED
+    assert abs(loss - own) < BAND
+    assert len(stats.sites()) == places
+    assert not any(site.lost for site in counted.sites().values()), "every product skipped, throughout"

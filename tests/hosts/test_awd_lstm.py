@@ -5,7 +5,6 @@ Needs a checkout: ``AWD_LSTM_DIR``, or ``../hosts/awd-lstm-lm``.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from checkouts import checkout
 
 from sd_plugin.patches.awd_lstm import CHECKOUT
 
+from ..environ import clean
 from ..patience import PATIENCE
 
 pytestmark = pytest.mark.hosts
@@ -66,7 +66,7 @@ def work(tmp_path: Path) -> Path:
 
 
 def environ(**changes: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SD_PLUGIN", "AWD_LSTM", "PYTHON", "COV_"))}
+    kept = clean("AWD_LSTM", "PYTHON", "COV_")
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONWARNINGS": "ignore", **changes}
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from ..environ import clean
 from ..patience import PATIENCE
 from ..tolerances import of_training
 
@@ -107,7 +107,7 @@ def missing() -> str | None:
 
 
 def process(program: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SD_PLUGIN")}
+    kept = clean()
     variables = {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environ}
     source = textwrap.dedent(IMPORTS) + program
     return subprocess.run(

@@ -15,6 +15,7 @@ pytest.importorskip("onmt", reason="OpenNMT-py is not installed")
 from sd_plugin import hints, stats
 from sd_plugin.patches import opennmt as patch
 
+from ..more import more
 from . import opennmt_models as models
 
 STEPS = 10
@@ -27,13 +28,16 @@ VARIANTS: list[dict[str, Any]] = [
     {"copy_attn_force": True},
     {"copy_loss_by_seqlength": True},
     {"reuse_copy_attn": True},
-    {"coverage_attn": True, "lambda_coverage": 0.5},
     {"coverage_attn": True, "lambda_coverage": 0.5, "reuse_copy_attn": True},
-    {"share_decoder_embeddings": True, "word_vec_size": models.HIDDEN},
-    {"share_embeddings": True, "word_vec_size": models.HIDDEN},
     {"share_embeddings": True, "share_decoder_embeddings": True, "word_vec_size": models.HIDDEN},
     {"context_gate": "both"},
     {"encoder_type": "sd_brnn", "reuse_copy_attn": True, "copy_attn_force": True},
+]
+#: Each is in one of those, with something else.
+ALONE: list[dict[str, Any]] = [
+    {"coverage_attn": True, "lambda_coverage": 0.5},
+    {"share_decoder_embeddings": True, "word_vec_size": models.HIDDEN},
+    {"share_embeddings": True, "word_vec_size": models.HIDDEN},
 ]
 
 
@@ -87,7 +91,9 @@ def train(structured: bool, lambda_coverage: float = 0.0, **changes: Any) -> lis
     return losses
 
 
-@pytest.mark.parametrize("changes", VARIANTS, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "plain")
+@pytest.mark.parametrize(
+    "changes", [*VARIANTS, *more(*ALONE)], ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()) or "plain"
+)
 def test_copy_attention_trains(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stock = train(False, **changes)
     assert stock[-1] < stock[0], "this variant trains in the host itself"

@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from ..environ import clean
 from ..more import more
 from ..patience import PATIENCE
 
@@ -66,7 +67,7 @@ def program(
     name: str, *arguments: str, folder: Path, plugin: str | None = None, code: int = 0
 ) -> subprocess.CompletedProcess[str]:
     """Run a console script of this environment in ``folder``, and demand its exit code."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("SD_PLUGIN")}
+    environment = clean()
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     if plugin is not None:
         environment["SD_PLUGIN"] = plugin

@@ -19,6 +19,7 @@ from sd_plugin import UsageError
 from sd_plugin.__main__ import main
 from sd_plugin.opennmt import checkpoints
 
+from ..forks import Forks
 from ..patience import PATIENCE
 
 WEIGHT = torch.arange(5000.0)
@@ -232,23 +233,24 @@ def test_it_needs_no_opennmt_and_a_full_disk_loses_nothing(folder: Path) -> None
     assert after.pop("plain.pt") and after == before
 
 
-def test_opennmt_warns_of_nothing_before_the_one_line(folder: Path) -> None:
+def test_opennmt_warns_of_nothing_before_the_one_line(folder: Path, fork: Forks) -> None:
     """On a modern torch its import prints a dozen warnings."""
     pytest.importorskip("onmt")
-    program = "import sys; from sd_plugin.__main__ import main; main(sys.argv[1:])"
+    program = (
+        "import sys, warnings; warnings.simplefilter('default');from sd_plugin.__main__ import main; main(sys.argv[1:])"
+    )
     for arguments, told in (
         (["model.pt", "plain.pt"], ""),
         (["model.pt", "model.pt"], "sd-plugin: error: model.pt is the checkpoint itself"),
     ):
-        command = [sys.executable, "-W", "default", "-c", program, "to-stock", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+        done = fork("-c", [program, "to-stock", *arguments], cwd=folder, env=os.environ)
         assert done.stdout == ""
         assert done.stderr.startswith(told) and done.stderr.count("\n") == bool(told), done.stderr
 
 
-def test_what_a_killed_conversion_left_is_removed_by_the_next(folder: Path) -> None:
+def test_what_a_killed_conversion_left_is_removed_by_the_next(folder: Path, fork: Forks) -> None:
     program = "import sys; from sd_plugin.kernels import leftovers; print(leftovers.partial(sys.argv[1]))"
-    done = subprocess.run([sys.executable, "-c", program, "plain.pt"], capture_output=True, text=True, timeout=PATIENCE)
+    done = fork("-c", [program, "plain.pt"], cwd=folder, env=os.environ)
     Path(done.stdout.strip()).write_text("half of a checkpoint")
     assert main(["to-stock", "model.pt", "plain.pt"]) == 0
     assert sorted(os.listdir(folder)) == ["model.pt", "plain.pt"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from hypothesis import strategies as st
 from sd_plugin import hints, stats
 from sd_plugin.patches import targer
 
+from ..environ import clean
 from ..patience import PATIENCE
 from ..tolerances import assert_close, relative
 
@@ -182,7 +182,7 @@ def test_other_layers_stay_stock(tmp_path: Path) -> None:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SD_PLUGIN", "TARGER", "PYTHON"))}
+    kept = clean("TARGER", "PYTHON")
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **variables}
 
 

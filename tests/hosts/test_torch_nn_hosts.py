@@ -6,7 +6,6 @@ The checkouts are ``../hosts/zaremba`` (ahmetumutdurmus/zaremba) and ``../hosts/
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import shutil
@@ -19,6 +18,7 @@ import pytest
 import torch
 from checkouts import checkout
 
+from ..environ import clean
 from ..patience import PATIENCE
 
 pytestmark = pytest.mark.hosts
@@ -86,7 +86,7 @@ def language_model(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SD_PLUGIN")}
+    kept = clean()
     # language_modeling_lstm ends by loading the model that it has saved whole, which torch >= 2.6 refuses by default.
     kept |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "1"}
     command = [sys.executable, "-c", SEEDED, *arguments]

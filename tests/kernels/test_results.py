@@ -22,6 +22,7 @@ from sd_plugin.loss import cross_entropy
 from sd_plugin.patterns import draw_kept, draw_mask
 
 from .. import truth
+from ..more import more
 from .cases import tensor_of
 
 Dtypes = Callable[[str], list[torch.dtype]]
@@ -170,8 +171,13 @@ def test_a_product_of_a_view_can_be_written_in_place(dtypes_of: Dtypes) -> None:
                 assert_same(*grads, dtype, "")
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("recurrent", ["none", "structured", "random"])
+@pytest.mark.parametrize(
+    ("recurrent", "reverse"),
+    [
+        ("none", False), ("structured", True), ("random", False),
+        *more(("none", True), ("structured", False), ("random", True)),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_results_of_a_layer_can_be_written_in_place(
     layout: Layout, recurrent: str, reverse: bool, dtypes_of: Dtypes

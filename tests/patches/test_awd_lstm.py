@@ -33,6 +33,8 @@ from sd_plugin.patches import awd_lstm
 from sd_plugin.patterns import draw as draw_pattern
 
 from .. import counted, truth, weights_only
+from ..environ import clean
+from ..forks import Forks
 from ..patience import PATIENCE
 from ..tolerances import assert_close
 
@@ -603,7 +605,7 @@ def test_a_model_may_be_older_than_the_patch_and_outlive_it(
         assert_same(step(host, model), step(host, build(host)))
 
 
-def test_checkpoints_hold_nothing_of_the_plugin(host: SimpleNamespace, tmp_path: Path) -> None:
+def test_checkpoints_hold_nothing_of_the_plugin(host: SimpleNamespace, tmp_path: Path, fork: Forks) -> None:
     """They are loaded and trained on by an interpreter that does not have it."""
     expected = {}
     for mode in MODES:
@@ -627,7 +629,11 @@ def test_checkpoints_hold_nothing_of_the_plugin(host: SimpleNamespace, tmp_path:
             def find_spec(self, name, path=None, target=None):
                 if name.partition(".")[0] == "sd_plugin":
                     raise ModuleNotFoundError(name)
+        # Nor what the start-up file has imported.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sd_plugin"]:
+            del sys.modules[name]
         sys.meta_path.insert(0, Refused())
+        sys.path.insert(0, {str(STANDIN)!r})
         results = {{}}
         for mode in {MODES!r}:
             model, criterion, optimizer = torch.load(mode + ".pt", weights_only=False)
@@ -638,12 +644,8 @@ def test_checkpoints_hold_nothing_of_the_plugin(host: SimpleNamespace, tmp_path:
             results[mode] = model.eval()(words, model.init_hidden({BATCH}))[0].detach()
         torch.save(results, "results.pt")
         """
-    site = Path(torch.__file__).parents[1]
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "SD_PLUGIN", "COV_"))}
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True,
-        timeout=PATIENCE, env={**environ, "PYTHONPATH": os.pathsep.join([str(site), str(STANDIN)])},
-    )  # fmt: skip
+    environ = clean("PYTHON", "COV_")
+    done = fork("-c", [textwrap.dedent(code)], cwd=tmp_path, env=environ)
     assert done.returncode == 0, done.stderr
     assert_close(torch.load(tmp_path / "results.pt"), expected)
 
@@ -983,7 +985,7 @@ def test_an_impossible_case_in_the_environment_is_told(host: SimpleNamespace, mo
 
 def python(code: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
     """A Python in ``folder`` with the start-up hook."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "SD_PLUGIN", "COV_"))}
+    kept = clean("PYTHON", "COV_")
     command = [sys.executable, "-m", "sd_plugin", "program.py"]
     (folder / "program.py").write_text(textwrap.dedent(code))
     return subprocess.run(

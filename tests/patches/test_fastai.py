@@ -6,7 +6,6 @@ The host itself is run in tests/hosts/test_fastai_host.py.
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import shutil
 import subprocess
@@ -26,6 +25,8 @@ import sd_plugin
 from sd_plugin import UsageError, hints, stats
 from sd_plugin.patches import registry
 
+from ..environ import clean
+from ..forks import Forks
 from ..more import more
 from ..tolerances import assert_close
 
@@ -399,7 +400,7 @@ def test_hooks_are_called_once(fastai: Any, mode: str) -> None:
     assert calls == ["dropout", "lstm", "decoder"]
 
 
-def test_nothing_is_stored_in_the_model(fastai: Any, tmp_path: Path) -> None:
+def test_nothing_is_stored_in_the_model(fastai: Any, tmp_path: Path, fork: Forks) -> None:
     sd_plugin.enable("fastai")
     model, text = language_model(fastai, embed_p=0.1), torch.randint(WORDS, (4, 6))
     before = {name: set(module.__dict__) for name, module in model.named_modules()}
@@ -415,7 +416,7 @@ def test_nothing_is_stored_in_the_model(fastai: Any, tmp_path: Path) -> None:
         torch.save(model.eval()(torch.ones(2, 3, dtype=torch.long))[0], "y.pt")
         assert not [name for name in sys.modules if name.startswith("sd_plugin.kernels")]
     """
-    run(program, tmp_path, SD_PLUGIN="0")
+    run(program, tmp_path, fork, SD_PLUGIN="0")
     sd_plugin.disable("fastai")
     expected = model.eval()(torch.ones(2, 3, dtype=torch.long))[0]
     assert torch.equal(torch.load(tmp_path / "y.pt"), expected)
@@ -443,13 +444,23 @@ PROGRAM = """
 """
 
 
-def run(program: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a program with the stand-in, and with the plugin's variables given and no others."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SD_PLUGIN")}
-    (folder / "program.py").write_text(textwrap.dedent(program))
-    variables = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(STANDINS), **environ}
-    command = [sys.executable, "program.py"]
-    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+def run(
+    program: str, folder: Path, fork: Forks | None = None, host: Path = STANDINS, **environ: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program with a host, and with the plugin's variables given and no others.
+
+    In a Python of its own the start-up file reads them; in a fork the launcher does.
+    """
+    kept = clean()
+    variables = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(host), **environ}
+    lines = textwrap.dedent(program)
+    if fork is None:
+        (folder / "program.py").write_text(lines)
+        command = [sys.executable, "program.py"]
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    else:
+        (folder / "program.py").write_text(f"import sys; sys.path.insert(1, {str(host)!r})\n{lines}")
+        done = fork("-m", ["sd_plugin", "program.py"], cwd=folder, env=variables)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -467,20 +478,20 @@ def test_the_environment_patches_an_unmodified_program(first: str, tmp_path: Pat
 @pytest.mark.parametrize(
     "environ", [{}, *more({"SD_PLUGIN": "random"}, {"SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "opennmt"})]
 )
-def test_what_is_not_asked_for_is_not_done(environ: dict[str, str], tmp_path: Path) -> None:
+def test_what_is_not_asked_for_is_not_done(environ: dict[str, str], tmp_path: Path, fork: Forks) -> None:
     program = PROGRAM.format(first="fastai.text.models")
-    expected = run(program, tmp_path, SD_PLUGIN="0").stdout
-    done = run(program, tmp_path, SD_PLUGIN_REPORT="1", **environ)
+    expected = run(program, tmp_path, fork, SD_PLUGIN="0").stdout
+    done = run(program, tmp_path, fork, SD_PLUGIN_REPORT="1", **environ)
     assert (done.stdout, done.stderr) == (expected, "")
 
 
 @pytest.mark.exhaustive
-def test_another_fastai_is_one_warning_and_runs_as_it_is(tmp_path: Path) -> None:
+def test_another_fastai_is_one_warning_and_runs_as_it_is(tmp_path: Path, fork: Forks) -> None:
     *change, told = OTHERS["arguments"]
     folder = another_fastai(tmp_path, *change)
     program = PROGRAM.format(first="fastai.text.models")
-    expected = run(program, tmp_path, SD_PLUGIN="0", PYTHONPATH=str(folder)).stdout
-    done = run(program, tmp_path, SD_PLUGIN="1", SD_PLUGIN_REPORT="1", PYTHONPATH=str(folder))
+    expected = run(program, tmp_path, fork, folder, SD_PLUGIN="0").stdout
+    done = run(program, tmp_path, fork, folder, SD_PLUGIN="1", SD_PLUGIN_REPORT="1")
     (line,) = done.stderr.splitlines()
     assert line.startswith("sd-plugin: fastai.text.models.core not patched: UsageError: ") and told in line
     assert done.stdout == expected

@@ -25,6 +25,8 @@ from sd_plugin.errors import UsageError
 from sd_plugin.patches import targer
 
 from .. import counted, weights_only
+from ..environ import clean
+from ..forks import Forks
 from ..patience import PATIENCE
 from ..tolerances import assert_close, relative
 from . import targer_stand_in as stand_in
@@ -448,26 +450,21 @@ def test_environment_that_is_not_understood(host: Modules, environ: Callable[...
     assert not changed(before, attributes(host))
 
 
-def run(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run Python in ``folder`` with nothing of the plugin set but ``variables``."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SD_PLUGIN")}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env={**kept, "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+def environment(**variables: str) -> dict[str, str]:
+    """Nothing of the plugin is set but ``variables``."""
+    kept = clean()
+    return {**kept, "OMP_NUM_THREADS": "1", **variables}
 
 
-def test_hook_patches_the_hosts_own_program(folder: Path, tmp_path: Path) -> None:
+def test_hook_patches_the_hosts_own_program(folder: Path, tmp_path: Path, fork: Forks) -> None:
     data = stand_in.write_data(tmp_path / "data")
     (folder / "vectors.txt").write_text("".join(f"{w.lower()} 0\n" for w in stand_in.WORDS))
     parts = [f"--{part}={data / part}.txt" for part in ("train", "dev", "test")]
     command = ["-m", "sd_plugin", "main.py", *parts, "--emb-fn=vectors.txt", "--save=model", "--epoch-num=1"]
-    done = run(folder, *command, SD_PLUGIN="1", SD_PLUGIN_REPORT="1")
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment(SD_PLUGIN="1", SD_PLUGIN_REPORT="1"),
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "trained" in done.stdout
     rows = [line.split() for line in done.stderr.splitlines() if line.startswith("  birnn")]
@@ -477,14 +474,14 @@ def test_hook_patches_the_hosts_own_program(folder: Path, tmp_path: Path) -> Non
         ("birnn.l0.recurrent", "4", "0"),
         ("birnn.l0_reverse.recurrent", "4", "0"),
     ]
-    resumed = run(folder, *command, "--load=model", SD_PLUGIN="nr_st")
+    resumed = fork(command[0], [*command[1:], "--load=model"], cwd=folder, env=environment(SD_PLUGIN="nr_st"))
     assert resumed.returncode == 0, resumed.stderr
 
 
 # ----------------------------------------------------------------------------------------- checkpoints
 
 
-def test_checkpoint_holds_nothing_of_the_plugin(host: Modules, folder: Path) -> None:
+def test_checkpoint_holds_nothing_of_the_plugin(host: Modules, folder: Path, fork: Forks) -> None:
     targer.enable("nr_rh_st")
     tagger = new_tagger(host)
     step(tagger)
@@ -503,7 +500,7 @@ def test_checkpoint_holds_nothing_of_the_plugin(host: Modules, folder: Path) -> 
         assert tagger.predict_tags_from_words({SENTENCES}) == {expected}
         print("loaded", any(name.startswith("sd_plugin.p") for name in sys.modules))
     """
-    done = run(folder, "-c", textwrap.dedent(code), SD_PLUGIN="0")
+    done = fork("-c", [textwrap.dedent(code)], cwd=folder, env=environment(SD_PLUGIN="0"))
     assert done.stdout == "loaded False\n", done.stderr
 
 
@@ -586,7 +583,7 @@ def test_failed_save_leaves_the_former_file(host: Modules, folder: Path) -> None
     assert sorted(p.name for p in folder.glob("model*")) == ["model"], "and nothing else"
 
 
-def test_kill_during_a_save_leaves_the_former_file(folder: Path) -> None:
+def test_kill_during_a_save_leaves_the_former_file(folder: Path, fork: Forks) -> None:
     code = """
         import os, signal, sys, torch
         from pathlib import Path
@@ -606,7 +603,7 @@ def test_kill_during_a_save_leaves_the_former_file(folder: Path) -> None:
         tagger.zzz = Killing()
         tagger.save_tagger("model")
     """
-    done = run(folder, "-c", textwrap.dedent(code))
+    done = fork("-c", [textwrap.dedent(code)], cwd=folder, env=environment())
     assert done.returncode == -signal.SIGKILL, done.stderr
     with stand_in.imported(folder) as host:
         targer.patch_files(folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import re
 import subprocess
 import sys
@@ -27,6 +26,8 @@ import sd_plugin
 from sd_plugin import UsageError, hints, stats
 from sd_plugin.patches import registry
 
+from ..environ import clean
+from ..forks import Forks
 from ..more import more
 from ..stock import require_lstm
 from ..tolerances import assert_close
@@ -639,7 +640,7 @@ def test_hooks_are_called_once() -> None:
     assert calls == [(name, getattr(model, name)) for name in ("embedding", "drop", "lstm", "drop", "projection")]
 
 
-def test_a_model_pickled_whole_loads_without_the_plugin(tmp_path: Path) -> None:
+def test_a_model_pickled_whole_loads_without_the_plugin(tmp_path: Path, fork: Forks) -> None:
     sd_plugin.enable("torch_nn")
     model = nn.ModuleDict({"drop": nn.Dropout(0.5), "lstm": nn.LSTM(16, 16, 2, dropout=0.5), "out": nn.Linear(16, 4)})
     state = set(model["lstm"].__dict__)
@@ -654,7 +655,7 @@ def test_a_model_pickled_whole_loads_without_the_plugin(tmp_path: Path) -> None:
         torch.save(model.eval()["lstm"](torch.ones(2, 2, 16))[0], "y.pt")
         assert not [name for name in sys.modules if name.startswith("sd_plugin.kernels")]
     """
-    run(program, tmp_path, SD_PLUGIN="0")
+    run(program, tmp_path, fork, SD_PLUGIN="0")
     sd_plugin.disable("torch_nn")
     assert torch.equal(torch.load(tmp_path / "y.pt"), model.eval()["lstm"](torch.ones(2, 2, 16))[0])
 
@@ -737,14 +738,19 @@ PROGRAM = """
 """
 
 
-def run(program: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in this environment, with the variables given and no others of the plugin."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("SD_PLUGIN")}
+def run(program: str, folder: Path, fork: Forks | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in this environment, with the variables given and no others of the plugin.
+
+    In a Python of its own the start-up file reads them; in a fork the launcher does, which finds torch imported.
+    """
+    kept = clean()
     (folder / "program.py").write_text(textwrap.dedent(program))
-    command = [sys.executable, "program.py"]
-    done = subprocess.run(
-        command, cwd=folder, env={**kept, "OMP_NUM_THREADS": "1", **environ}, capture_output=True, text=True
-    )
+    variables = {**kept, "OMP_NUM_THREADS": "1", **environ}
+    if fork is None:
+        command = [sys.executable, "program.py"]
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    else:
+        done = fork("-m", ["sd_plugin", "program.py"], cwd=folder, env=variables)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -755,7 +761,7 @@ def rows(report: str) -> dict[str, tuple[str, ...]]:
     return {name: tuple(rest) for name, *rest in found}
 
 
-def test_the_environment_patches_an_unmodified_program(tmp_path: Path) -> None:
+def test_the_environment_patches_an_unmodified_program(fork: Forks, tmp_path: Path) -> None:
     asked = {"SD_PLUGIN_TARGETS": "torch", "SD_PLUGIN_REPORT": "1"}
     done = run(PROGRAM, tmp_path, SD_PLUGIN="1", **asked)
     assert rows(done.stderr) == {
@@ -764,16 +770,15 @@ def test_the_environment_patches_an_unmodified_program(tmp_path: Path) -> None:
         "lstm 20x20.l1.input": ("3", "40.0%", "40.0%", "0"),
         "lstm 20x20.l1.recurrent": ("3", "40.0%", "40.0%", "0"),
     }
-    with_options = run(
-        PROGRAM, tmp_path, SD_PLUGIN="nr_rh_st", SD_PLUGIN_RECURRENT_DROPOUT="0.75", SD_PLUGIN_CASE="IV", **asked
-    )
+    options = {"SD_PLUGIN": "nr_rh_st", "SD_PLUGIN_RECURRENT_DROPOUT": "0.75", "SD_PLUGIN_CASE": "IV"}
+    with_options = run(PROGRAM, tmp_path, fork, **options, **asked)
     assert rows(with_options.stderr)["lstm 20x20.l1.recurrent"] == ("3", "75.0%", "75.0%", "0")
 
 
 @pytest.fixture(scope="module")
-def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
+def printed(tmp_path_factory: pytest.TempPathFactory, fork: Forks) -> str:
     """What the program prints without the plugin."""
-    return run(PROGRAM, tmp_path_factory.mktemp("stock"), SD_PLUGIN="0").stdout
+    return run(PROGRAM, tmp_path_factory.mktemp("stock"), fork, SD_PLUGIN="0").stdout
 
 
 @pytest.mark.parametrize(
@@ -784,8 +789,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
     ids=["not asked for", "random", "no mode"],
 )
-def test_what_is_not_asked_for_is_not_done(environ: dict[str, str], printed: str, tmp_path: Path) -> None:
-    done = run(PROGRAM, tmp_path, SD_PLUGIN_REPORT="1", **environ)
+def test_what_is_not_asked_for_is_not_done(environ: dict[str, str], printed: str, tmp_path: Path, fork: Forks) -> None:
+    done = run(PROGRAM, tmp_path, fork, SD_PLUGIN_REPORT="1", **environ)
     assert (done.stdout, done.stderr) == (printed, "")
 
 
@@ -803,9 +808,9 @@ def test_what_is_not_asked_for_is_not_done(environ: dict[str, str], printed: str
     ],
 )
 def test_a_mistake_in_the_environment_is_one_line_and_torch_as_it_is(
-    environ: dict[str, str], told: str, printed: str, tmp_path: Path
+    environ: dict[str, str], told: str, printed: str, tmp_path: Path, fork: Forks
 ) -> None:
-    done = run(PROGRAM, tmp_path, SD_PLUGIN_REPORT="1", SD_PLUGIN_TARGETS="torch", **environ)
+    done = run(PROGRAM, tmp_path, fork, SD_PLUGIN_REPORT="1", SD_PLUGIN_TARGETS="torch", **environ)
     (line,) = done.stderr.splitlines()
     assert line.startswith("sd-plugin: torch not patched: ") and told in line
     assert done.stdout == printed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,9 @@ from torch import nn
 
 import sd_plugin
 from sd_plugin import stats
+
+from ..environ import clean
+from ..forks import Forks
 
 pytestmark = pytest.mark.usefixtures("unpatched")
 
@@ -124,11 +126,16 @@ GRU = """
 """
 
 
-def run(program: str, folder: Path, **environ: str) -> list[str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("SD_PLUGIN")}
+def run(program: str, folder: Path, fork: Forks | None = None, **environ: str) -> list[str]:
+    """What a patched program says on standard error; in a fork it is the launcher that patches it."""
+    kept = clean()
     (folder / "program.py").write_text(textwrap.dedent(program))
-    environment = {**kept, "OMP_NUM_THREADS": "1", "SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "torch", **environ}
-    done = subprocess.run([sys.executable, "program.py"], cwd=folder, env=environment, capture_output=True, text=True)
+    variables = {**kept, "OMP_NUM_THREADS": "1", "SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "torch", **environ}
+    if fork is None:
+        command = [sys.executable, "program.py"]
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    else:
+        done = fork("-m", ["sd_plugin", "program.py"], cwd=folder, env=variables)
     assert done.returncode == 0, done.stderr
     return done.stderr.splitlines()
 
@@ -152,8 +159,10 @@ def test_a_program_without_an_lstm_is_told_why(tmp_path: Path) -> None:
     ],
     ids=["not asked for", "told before", "no patch"],
 )
-def test_nothing_is_told_to_who_does_not_ask_or_was_told(more: str, environ: dict[str, str], tmp_path: Path) -> None:
-    assert run(f"{GRU}\n    {more}", tmp_path, **environ) == []
+def test_nothing_is_told_to_who_does_not_ask_or_was_told(
+    more: str, environ: dict[str, str], tmp_path: Path, fork: Forks
+) -> None:
+    assert run(f"{GRU}\n    {more}", tmp_path, fork, **environ) == []
 
 
 def test_a_process_of_a_program_of_several_does_not_report_on_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ..forks import Forks, forks
+from ..forks import Forks
 from ..patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,35 +58,9 @@ class Program:
         return {str(path): path.read_bytes() for path in self.out.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="session")
-def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """Runs scripts that need no start of their own, in forks of one Python."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SD_PLUGIN", "PYTHON"))}
-    # A fixed order of sets is what ner_main.py would start itself again for.
-    env = {**kept, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    with forks(tmp_path_factory.mktemp("output"), env) as fork:
-        yield fork
-
-
 @pytest.fixture
 def get_data(tmp_path: Path, fork: Forks) -> Program:
     return Program(tmp_path / "data", fork)
-
-
-@pytest.fixture
-def without(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """An environment in which modules look as if they were not installed."""
-
-    def environment(*modules: str) -> dict[str, str]:
-        folder = tmp_path / "not installed"
-        folder.mkdir()
-        for module in modules:
-            text = f"raise ModuleNotFoundError('No module named {module}', name={module!r})\n"
-            (folder / f"{module}.py").write_text(text)
-        # Searched before the folder of installed packages.
-        return {**os.environ, "PYTHONPATH": str(folder)}
-
-    return environment
 
 
 @pytest.fixture

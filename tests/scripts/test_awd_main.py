@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from ..environ import clean
 from ..forks import Forks
 from ..patience import PATIENCE
 
@@ -41,7 +42,7 @@ Done = subprocess.CompletedProcess[str]
 
 def environ(**changes: str) -> dict[str, str]:
     """The environment variables of the tests, without those that concern the plugin or Python."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SD_PLUGIN", "AWD_LSTM", "PYTHON", "COV_"))}
+    kept = clean("AWD_LSTM", "PYTHON", "COV_")
     return {**kept, "OMP_NUM_THREADS": "1", **changes}
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from reproduction.queueing import State
 from reproduction.systems import SYSTEMS
 from typer.testing import CliRunner, Result
 
+from ..forks import Forks
 from ..patience import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -386,9 +386,8 @@ def test_a_page_is_checked_against_the_results(program: Callable[..., Result], t
         (["queue", "fig3", "--seed", str(2**32)], "Invalid value for '--seed': "),
     ],
 )
-def test_a_wrong_command_line_is_told_in_one_line(arguments: list[str], told: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+def test_a_wrong_command_line_is_told_in_one_line(fork: Forks, arguments: list[str], told: str) -> None:
+    done = fork(ROOT / "scripts" / "reproduce.py", arguments, cwd=Path.cwd(), env=os.environ)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"error: {told}") and done.stderr.count("\n") == 1, done.stderr
 

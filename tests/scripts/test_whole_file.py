@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from whole_file import write_whole
 
 from sd_plugin.kernels import leftovers
+
+from ..forks import Forks
 
 
 @pytest.mark.parametrize("content", ["new \n", b"new \n", memoryview(b"new \n")], ids=["text", "bytes", "memory"])
@@ -37,11 +37,10 @@ def test_what_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: 
     assert os.listdir(tmp_path) == ["file"] and file.read_text() == "old"
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path: Path) -> None:
+def test_what_a_killed_process_left_is_removed_by_the_next_writer(tmp_path: Path, fork: Forks) -> None:
     program = "import sys; from sd_plugin.kernels import leftovers; print(leftovers.partial(sys.argv[1]))"
-    command = [sys.executable, "-c", program, str(tmp_path / ".file")]
-    left = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-    left.write_text("half of a fi")
+    done = fork("-c", [program, tmp_path / ".file"], cwd=tmp_path, env=os.environ)
+    Path(done.stdout.strip()).write_text("half of a fi")
     other = tmp_path / f".other.partial-{leftovers.tag()}"
     other.write_text("of a process that runs")
     write_whole(tmp_path / "file", "whole")

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import socket
 import subprocess
@@ -86,33 +85,34 @@ def environment(**more: str) -> dict[str, str]:
 def zaremba(arguments: Callable[..., list[str]], fork: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The program itself."""
 
-    def run(out: Path, *more: object, status: int = 0, before: Any = None, **changes: object) -> Any:
-        told = arguments(out, *more, **changes)
-        if before is None:
-            done = fork(SCRIPT, told, cwd=Path.cwd(), env=environment())
-        else:
-            command = [sys.executable, str(SCRIPT), *told]
-            done = subprocess.run(
-                command, env=environment(), capture_output=True, text=True, timeout=PATIENCE, preexec_fn=before
-            )
-        assert done.returncode == status, done.stderr
+    def run(out: Path, *more: object, **changes: object) -> Any:
+        done = fork(SCRIPT, arguments(out, *more, **changes), cwd=Path.cwd(), env=environment())
+        assert done.returncode == 0, done.stderr
         return done
 
     return run
 
 
-def jobs(steps: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Run steps of zaremba_jobs.py."""
-    command = [sys.executable, str(Path(__file__).with_name("zaremba_jobs.py"))]
-    done = subprocess.run(
-        command, input=json.dumps(steps), env=environment(), capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+Jobs = Callable[[list[list[dict[str, Any]]]], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def whole(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def jobs(fork: Forks) -> Jobs:
+    """Runs steps of zaremba_jobs.py."""
+
+    def run(steps: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        program = Path(__file__).with_name("zaremba_jobs.py")
+        done = fork(program, [json.dumps(steps)], cwd=Path.cwd(), env=environment())
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(
+    arguments: Callable[..., list[str]], jobs: Jobs, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
     """Folders of trainings: uninterrupted and stopped after the first epoch, in each mode; and without dropout."""
     folder = tmp_path_factory.mktemp("whole")
     steps = []
@@ -312,7 +312,7 @@ KILLS = {
 
 
 @pytest.fixture(scope="module")
-def killed(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(arguments: Callable[..., list[str]], jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """For each kill a folder where it was resumed, and in ``left`` a copy of what the kill had left."""
     folder, steps = tmp_path_factory.mktemp("killed"), []
     left = folder / "left"
@@ -366,15 +366,19 @@ def test_log_follows_the_checkpoint(whole, zaremba, tmp_path: Path) -> None:
     assert_same(out, whole("nr_rh_st"))
 
 
-def test_no_room_on_the_disk(whole, zaremba, tmp_path: Path) -> None:
+def test_no_room_on_the_disk(whole, arguments, fork: Forks, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(whole("nr_rh_st, stopped"), out)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-
-    done = zaremba(out, "--resume", status=2, before=limit)
+    program = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+sys.path[0] = {str(SCRIPT.parent)!r}
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+"""
+    done = fork("-c", [program, *arguments(out, "--resume")], cwd=Path.cwd(), env=environment())
+    assert done.returncode == 2
     assert done.stderr == f"error: {out / 'checkpoint.pt'}: File too large\n"
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
@@ -402,7 +406,7 @@ def test_torchrun_without_dropout_equals_one_process(arguments, whole, tmp_path:
 
 
 @pytest.fixture(scope="module")
-def shared(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(arguments: Callable[..., list[str]], jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data-parallel trainings: NR+RH+ST, and the baseline, at one go and interrupted."""
     folder = tmp_path_factory.mktemp("processes")
     options = ("--mode", "random")
@@ -460,17 +464,19 @@ def test_more_threads_than_processors_are_not_used(arguments: Callable[..., list
 
 
 class TestCurves:
-    @staticmethod
-    def draw(*arguments: object) -> subprocess.CompletedProcess[str]:
-        pytest.importorskip("matplotlib")
-        command = [sys.executable, str(ROOT / "benchmarks" / "learning_curves.py"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    SCRIPT = ROOT / "benchmarks" / "learning_curves.py"
 
-    def test_figure_of_the_logs(self, whole, tmp_path: Path) -> None:
+    @pytest.fixture
+    def draw(self, fork: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
+        """Runs the program."""
+        pytest.importorskip("matplotlib")
+        return lambda *arguments: fork(self.SCRIPT, arguments, cwd=Path.cwd(), env=environment())
+
+    def test_figure_of_the_logs(self, draw, whole, tmp_path: Path) -> None:
         logs = [whole(mode) / "log.csv" for mode in MODES]
         shortened = tmp_path / "shortened.csv"
         shortened.write_text("".join(logs[0].read_text().splitlines(keepends=True)[:3]).replace("_medium", "_large"))
-        done = self.draw(*logs, shortened, "--out", tmp_path / "curves.svg")
+        done = draw(*logs, shortened, "--out", tmp_path / "curves.svg")
         assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'curves.svg'}\n"), done.stderr
         assert sorted(os.listdir(tmp_path)) == ["curves.svg", "shortened.csv"]
         figure = (tmp_path / "curves.svg").read_text()
@@ -480,12 +486,20 @@ class TestCurves:
         assert f">NR+Random, 2 of 3 epochs: {float(log(whole('random'))[1]['valid_perplexity']):.2f}<" in figure
 
     def test_figure_of_pixels(self, whole, tmp_path: Path) -> None:
-        done = self.draw(whole("nr_st") / "log.csv", "--out", tmp_path / "curves.png")
+        """By the program as users start it."""
+        pytest.importorskip("matplotlib")
+        command = [
+            sys.executable,
+            str(self.SCRIPT),
+            str(whole("nr_st") / "log.csv"),
+            f"--out={tmp_path / 'curves.png'}",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    def test_no_folder_is_made(self, tmp_path: Path) -> None:
-        done = self.draw(tmp_path / "x.csv", "--out", tmp_path / "new" / "folder" / "curves.svg")
+    def test_no_folder_is_made(self, draw, tmp_path: Path) -> None:
+        done = draw(tmp_path / "x.csv", "--out", tmp_path / "new" / "folder" / "curves.svg")
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("learning_curves.py: --out ")
         assert done.stderr.endswith(f"curves.svg: there is no folder {tmp_path / 'new' / 'folder'}\n")
@@ -494,27 +508,26 @@ class TestCurves:
     @pytest.mark.parametrize(
         ("given", "culprit"), [(["x.csv"], "--out"), (["--out", "x.png"], "LOG.csv"), (["--nonsense"], "--nonsense")]
     )
-    def test_a_wrong_command_line_is_told_in_a_line(self, given: list[str], culprit: str) -> None:
-        done = self.draw(*given)
+    def test_a_wrong_command_line_is_told_in_a_line(self, draw, given: list[str], culprit: str) -> None:
+        done = draw(*given)
         assert (done.returncode, done.stdout) == (2, "")
         (line,) = done.stderr.splitlines()
         assert line.startswith("error: ") and culprit in line
 
-    def test_what_a_killed_run_left_is_removed_by_the_next_one(self, whole, tmp_path: Path) -> None:
+    def test_what_a_killed_run_left_is_removed_by_the_next_one(self, draw, fork: Forks, whole, tmp_path: Path) -> None:
         program = "import sys; from sd_plugin.kernels import leftovers; print(leftovers.partial(sys.argv[1]))"
-        command = [sys.executable, "-c", program, str(tmp_path / ".curves.png")]
-        left = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-        left.write_text("half of a figure")
-        done = self.draw(whole("nr_st") / "log.csv", "--out", tmp_path / "curves.png")
+        killed = fork("-c", [program, tmp_path / ".curves.png"], cwd=tmp_path, env=environment())
+        Path(killed.stdout.strip()).write_text("half of a figure")
+        done = draw(whole("nr_st") / "log.csv", "--out", tmp_path / "curves.png")
         assert done.returncode == 0, done.stderr
         assert os.listdir(tmp_path) == ["curves.png"]
 
     @pytest.mark.parametrize(
         ("content", "reason"), [("a,b\n1,2\n", "it has no column 'name'"), ("name,mode\n", "it has no rows")]
     )
-    def test_what_is_no_log(self, tmp_path: Path, content: str, reason: str) -> None:
+    def test_what_is_no_log(self, draw, tmp_path: Path, content: str, reason: str) -> None:
         (tmp_path / "x.csv").write_text(content)
-        done = self.draw(tmp_path / "x.csv", "--out", tmp_path / "curves.png")
+        done = draw(tmp_path / "x.csv", "--out", tmp_path / "curves.png")
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == f"learning_curves.py: {tmp_path / 'x.csv'} is no log of zaremba_main.py ({reason})\n"
         assert not (tmp_path / "curves.png").exists()

@@ -1,8 +1,8 @@
 """Runs trainings in processes forked from one that has imported everything, which saves seconds for each.
 
-    python zaremba_jobs.py < JOBS.json > RESULTS.json
+    python zaremba_jobs.py JOBS > RESULTS.json
 
-The input is a list of steps, a step a list of jobs that run at the same time. A job has ``arguments`` of
+``JOBS`` is JSON: a list of steps, a step a list of jobs that run at the same time. A job has ``arguments`` of
 zaremba_main.py and may have ``environment``, ``kill`` = [function, n]: kill -9 when it is called for the n-th time, and
 ``copy`` = [folder, copy]: made when the step has ended. The output is a list of {status, output}, in order; the status
 is -9 after the kill.
@@ -72,7 +72,7 @@ def fork(job: dict[str, Any], output: int) -> int:
 
 def main() -> None:
     results = []
-    for step in json.load(sys.stdin):
+    for step in json.loads(sys.argv[1]):
         outputs = [tempfile.TemporaryFile() for _ in step]  # noqa: SIM115 - they end with this process
         children = [fork(job, output.fileno()) for job, output in zip(step, outputs, strict=True)]
         for child, job, output in zip(children, step, outputs, strict=True):

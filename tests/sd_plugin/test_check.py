@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +18,8 @@ from sd_plugin.attentional import attentional_decoder
 from sd_plugin.cell import SteppedDropout
 from sd_plugin.kernels import TIME_MAJOR, Kept
 from sd_plugin.patterns import draw_kept
+
+from ..forks import Forks
 
 np = pytest.importorskip("numpy")
 STEPS, BATCH, UNITS = 3, 2, 6
@@ -159,7 +160,7 @@ def test_the_variable(text: str, value: bool) -> None:
     assert read_check({"SD_PLUGIN_CHECK": text}) is value
 
 
-def test_a_program_with_the_variable_set() -> None:
+def test_a_program_with_the_variable_set(fork: Forks) -> None:
     program = (
         "import torch, sd_plugin\n"
         "x = sd_plugin.StructuredDropout(0.5, site='mine')(torch.ones(3, 2, 6))\n"
@@ -168,8 +169,7 @@ def test_a_program_with_the_variable_set() -> None:
     )
 
     def run(value: str) -> Any:
-        environ = {**os.environ, "SD_PLUGIN_CHECK": value}
-        return subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True)
+        return fork("-c", [program], cwd=Path.cwd(), env={**os.environ, "SD_PLUGIN_CHECK": value})
 
     assert run("0").returncode == 0
     found = run("1")

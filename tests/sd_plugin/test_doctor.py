@@ -1,4 +1,4 @@
-"""``sd-plugin doctor``: hosts, backends and settings, run as a user runs it."""
+"""``sd-plugin doctor``: hosts, backends and settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,24 +16,25 @@ from sd_plugin import doctor, kernels, patches
 from sd_plugin._environment import TARGETS
 from sd_plugin.patches import Finding, Host
 
+from ..forks import Forks
 
-def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SD_PLUGIN", "AWD_", "TARGER_"))}
-    return subprocess.run(
-        [sys.executable, "-m", "sd_plugin", "doctor", *arguments],
-        env={**clean, **environ},
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(sys.executable).parent,
-    )
+#: A folder without a clone in it.
+ELSEWHERE = Path(sys.executable).parent
 
 
-def found(**environ: str) -> dict:
-    done = run("--json", **environ)
-    report = json.loads(done.stdout)
-    assert done.returncode == any(variable["problem"] for variable in report["environment"]), done.stderr
-    return report
+def environment(**more: str) -> dict[str, str]:
+    """Without the variables that the command tells of, but for some."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("SD_PLUGIN", "AWD_", "TARGER_"))} | more
+
+
+@pytest.fixture
+def run(fork: Forks) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command."""
+
+    def run(*arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return fork("-m", ["sd_plugin", "doctor", *arguments], cwd=ELSEWHERE, env=environment(**environ))
+
+    return run
 
 
 def host(report: dict, name: str) -> dict:
@@ -40,7 +42,11 @@ def host(report: dict, name: str) -> dict:
 
 
 def test_every_host_backend_and_variable_is_listed():
-    report = found()
+    """As a user runs it."""
+    command = [sys.executable, "-m", "sd_plugin", "doctor", "--json"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False, cwd=ELSEWHERE)
+    report = json.loads(done.stdout)
+    assert done.returncode == any(variable["problem"] for variable in report["environment"]), done.stderr
     assert [host["name"] for host in report["hosts"]] == list(patches.hosts())
     assert [backend["name"] for backend in report["backends"]] == list(kernels.status())
     assert report["hook"]["installed"]
@@ -50,7 +56,7 @@ def test_every_host_backend_and_variable_is_listed():
     assert {variable["name"] for variable in report["environment"]} == set(doctor.VARIABLES)
 
 
-def test_the_text_names_the_same():
+def test_the_text_names_the_same(run):
     done = run(SD_PLUGIN_BACKEND="reference")
     assert done.stderr == ""
     for entry in patches.registry().values():
@@ -168,7 +174,7 @@ def test_a_cache_that_others_can_write_is_a_problem(tmp_path):
     assert problems(XDG_CACHE_HOME=str(tmp_path))["SD_PLUGIN_CACHE"] == problem
 
 
-def test_a_problem_is_shown_and_makes_the_exit_status():
+def test_a_problem_is_shown_and_makes_the_exit_status(run):
     done = run(SD_PLUGIN_CUDA_PRODUCTS="sparse", SD_PLUGIN_BACKEN="cpu", SD_PLUGIN_BACKEND="reference")
     assert done.returncode == 1
     assert done.stderr == ""
@@ -176,11 +182,10 @@ def test_a_problem_is_shown_and_makes_the_exit_status():
     assert "SD_PLUGIN_BACKEN = cpu\n" in done.stdout
 
 
-def test_without_start_up_files_nothing_counts_as_patched():
+def test_without_start_up_files_nothing_counts_as_patched(fork):
     code = "import sys; from sd_plugin import _autoload, doctor; _autoload.uninstall(); doctor.main(['--json'])"
     environ = {**os.environ, "SD_PLUGIN": "1", "SD_PLUGIN_TARGETS": "torch"}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
-    report = json.loads(done.stdout)
+    report = json.loads(fork("-c", [code], cwd=ELSEWHERE, env=environ).stdout)
     assert not report["hook"]["installed"]
     (finding,) = host(report, "torch_nn")["found"]
     assert not finding["patched"]
@@ -204,16 +209,17 @@ def test_a_torch_that_was_not_tested_is_told_in_one_line(monkeypatch, version, t
     assert sum(told in line for line in lines) == 1 if told else lines[1].startswith("start-up hook")
 
 
-def test_a_torch_that_was_not_tested_is_no_reason_to_warn():
+def test_a_torch_that_was_not_tested_is_no_reason_to_warn(fork):
     program = (
+        "import warnings; warnings.simplefilter('error');"
         "import torch; torch.__version__ = '2.99.0'; import sd_plugin, sd_plugin.patches; sd_plugin.enable('torch_nn');"
         "torch.nn.LSTM(3, 4)(torch.ones(2, 1, 3))"
     )
-    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    done = fork("-c", [program], cwd=ELSEWHERE, env=os.environ)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_an_unknown_option_is_wrong_use():
+def test_an_unknown_option_is_wrong_use(run):
     done = run("--jsn")
     assert done.returncode == 2
     assert "--jsn" in done.stderr
@@ -232,16 +238,14 @@ def test_every_host_declares_itself():
         assert all(isinstance(finding, Finding) for finding in entry.find({}))
 
 
-def test_no_host_is_imported_to_be_found():
+def test_no_host_is_imported_to_be_found(fork):
     code = (
         "import sys; from sd_plugin import doctor; doctor.main([]);"
         "print([name for name in ('onmt', 'fastai', 'weight_drop') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    assert fork("-c", [code], cwd=ELSEWHERE, env=os.environ).stdout.splitlines()[-1] == "[]"
 
 
-def test_no_host_is_enabled_before_it_is_imported():
+def test_no_host_is_enabled_before_it_is_imported(fork):
     program = "from sd_plugin import patches; print([n for n, host in patches.registry().items() if host.enabled()])"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/")
-    assert done.stdout == "[]\n"
+    assert fork("-c", [program], cwd=ELSEWHERE, env=os.environ).stdout == "[]\n"

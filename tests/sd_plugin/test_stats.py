@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ import torch
 from sd_plugin import StructuredDropout, StructuredDropoutLSTM, StructuredLinear, report, stats
 from sd_plugin.kernels import fallbacks
 
+from ..forks import Forks
 from ..more import more
 
 
@@ -125,7 +125,7 @@ SLOW = "sd-plugin: slow path taken: dropped tensors that reached no skipping pro
     ],
     ids=["used", "lost", "lost after a reset", "fallback", "asked for", "nothing to tell", "told before"],
 )  # fmt: skip
-def test_what_is_told_at_exit(lines: list[str], setting: str, start: str, count: int) -> None:
+def test_what_is_told_at_exit(fork: Forks, lines: list[str], setting: str, start: str, count: int) -> None:
     program = textwrap.dedent(
         """
         import torch
@@ -133,8 +133,8 @@ def test_what_is_told_at_exit(lines: list[str], setting: str, start: str, count:
         import sd_plugin.stats
         """
     ) + "\n".join(lines)
-    environ = {**os.environ, "SD_PLUGIN_REPORT": setting}
-    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=True)
+    done = fork("-c", [program], cwd=Path.cwd(), env={**os.environ, "SD_PLUGIN_REPORT": setting})
+    assert done.returncode == 0, done.stderr
     told = done.stderr.splitlines()
     assert len(told) == count
     assert done.stderr.startswith(start)

@@ -164,12 +164,18 @@ def hosted(installed: Environment) -> Environment:
     return installed
 
 
-@pytest.fixture
-def target(wheel: Path, tmp_path: Path) -> Path:
-    """A `pip install --target` folder, which has no working start-up files, with the same stand-ins."""
-    folder = tmp_path / "target"
+@pytest.fixture(scope="session")
+def pristine_target(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("target") / "target"
     options = ("--no-deps", "--no-index", "--quiet", "--target", folder)
     run_checked(sys.executable, "-m", "pip", "install", *options, wheel)
+    return folder
+
+
+@pytest.fixture
+def target(pristine_target: Path, tmp_path: Path) -> Path:
+    """A `pip install --target` folder, which has no working start-up files, with the same stand-ins."""
+    folder = Path(shutil.copytree(pristine_target, tmp_path / "target", symlinks=True))
     entry_points = "[console_scripts]\nonmt_train = onmt.bin.train:main\n"
     files = {
         **FAKE_HOST,
