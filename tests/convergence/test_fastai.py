@@ -20,7 +20,6 @@ import sd_plugin
 from sd_plugin import stats
 
 from .. import counted
-from ..more import more
 from ..tolerances import of_training
 
 pytestmark = pytest.mark.convergence
@@ -104,7 +103,8 @@ def test_nothing_dropped_is_the_same_training(fastai: Any, text: Tensor) -> None
     assert len(stats.sites()) == 5
 
 
-@pytest.mark.parametrize(("mode", "places"), [("nr_rh_st", 5), *more(("nr_st", 3))])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("mode", "places"), [("nr_rh_st", 5), ("nr_st", 3)])
 def test_structured_dropout_learns_as_fastais_own(fastai: Any, text: Tensor, mode: str, places: int) -> None:
     _, own = train(fastai, 0.2, 0.2, text, UPDATES)
     assert ENTROPY < own < LEARNED, "the baseline itself has learned"

@@ -126,7 +126,8 @@ def test_skipping_is_the_same_training_as_not_skipping(host: Modules, monkeypatc
     assert end == pytest.approx(dense_end, rel=noise)
 
 
-@pytest.mark.parametrize("mode", [*more("nr_st"), "nr_rh_st"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("mode", ["nr_st", "nr_rh_st"])
 def test_structured_dropout_learns_as_random_dropout(host: Modules, random_dropout: float, mode: str) -> None:
     targer.enable(mode)
     losses, loss = train(host, DROPOUT, UPDATES)

@@ -36,7 +36,7 @@ from ..patience import PATIENCE
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS = ROOT.parent / "hosts"
 #: Of the tiny rows, and of the shortened run.
-EPOCHS, LENGTH = 20, 16
+EPOCHS, LENGTH = 12, 10
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="programs are held by signals of Linux")
 
@@ -152,16 +152,16 @@ def test_a_queue_is_paused_killed_and_continued_to_the_same_result(
     """And a shortened run says that it is one, wherever it appears."""
     row, short = "tiny/random", ["--epochs", LENGTH, "--threads", 1]
     done = program("run", row, *short, "--state", tmp_path / "other state")
-    assert "shortened: 16 of 20 epochs" in done.stderr
+    assert "shortened: 10 of 12 epochs" in done.stderr
     whole = results.load(tmp_path / "results" / row / "seed7")
     assert (whole.result.full, whole.result.length, whole.result.of) == (False, LENGTH, EPOCHS)
     assert whole.result.undisturbed and whole.result.skipped is None
     assert whole.result.notes == ["random dropout on this library's dense kernels, not PyTorch's own"]
     (command,) = whole.result.command
     assert command.startswith("python scripts/reproduction/dense_baseline.py ") and "--mode random" in command
-    assert "seed 7, shortened: 16 of 20" in " ".join(program("list").stdout.split())
+    assert "seed 7, shortened: 10 of 12" in " ".join(program("list").stdout.split())
     line = refused(program("run", row, "--epochs", 1, status=2))
-    assert line.endswith("holds a result already (shortened: 16 of 20 epochs); --force replaces it")
+    assert line.endswith("holds a result already (shortened: 10 of 12 epochs); --force replaces it")
 
     again = tmp_path / "again"
     # At normal priority: on a machine that is never idle the test would never end.
@@ -178,7 +178,7 @@ def test_a_queue_is_paused_killed_and_continued_to_the_same_result(
     done = epochs(run)
     assert 1 <= done < LENGTH, "paused too late to show anything"
     shown = " ".join(program("status").stdout.split())
-    assert "paused" in shown and f"{done} of 16 epochs (shortened)" in shown
+    assert "paused" in shown and f"{done} of 10 epochs (shortened)" in shown
 
     line = refused(program("queue", "tiny/nr_st", "--here", "--background", status=2))
     assert line.startswith("error: a queue is running in") and f"process {worker.pid}" in line
@@ -312,7 +312,7 @@ def test_a_dry_run_prints_what_users_type(program: Callable[..., Result], monkey
         (["run", "tiny/nr"], "unknown row 'tiny/nr'; there are tiny, each with /MODE of random, nr_st, nr_rh_st"),
         (["run", "tiny"], "tiny stands for tiny/random, tiny/nr_st, tiny/nr_rh_st: name one, or use queue"),
         (["run", "tiny/nr_st", "--steps", "3"], "--steps: tiny/nr_st is counted in epochs: give --epochs"),
-        (["run", "tiny/nr_st", "--epochs", "31"], "--epochs 31: tiny/nr_st has 20 epochs"),
+        (["run", "tiny/nr_st", "--epochs", "31"], "--epochs 31: tiny/nr_st has 12 epochs"),
         (["run", "tiny/nr_st", "--device", "gpu"], "--device gpu: must be cpu, cuda or cuda:N"),
         (["run", "tiny/nr_st", "--device", "cpu:3"], "--device cpu:3: must be cpu, cuda or cuda:N"),
         (["queue", "tiny", "--device", "cuda:x", "--here"], "--device cuda:x: must be cpu, cuda or cuda:N"),

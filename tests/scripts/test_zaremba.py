@@ -449,6 +449,7 @@ class TestProcesses:
         assert not (shared / "odd").exists()
 
 
+@pytest.mark.exhaustive  # test_ner_main.py has the same, of the other program
 def test_more_threads_than_processors_are_not_used(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
     """With so many OpenMP would end the process; MKL, where torch has it, bounds them unless told otherwise."""
     command = [sys.executable, str(SCRIPT), *arguments(tmp_path / "run", "--epochs", 1)]
