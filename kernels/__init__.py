@@ -21,7 +21,7 @@ from .contract import (
     PackedWeights,
     Wanted,
 )
-from .decoder import decoder_backward, decoder_forward, has_decoder
+from .decoder import decoder_backward, decoder_forward, decodes_at_once
 from .dispatch import BACKENDS, BackendError, choose, choose_for, fallbacks, forced, status
 from .kept import Kept
 from .ops import (
@@ -65,13 +65,13 @@ __all__ = [
     "cross_entropy_forward",
     "decoder_backward",
     "decoder_forward",
+    "decodes_at_once",
     "fallbacks",
     "forced",
     "gemm_bp",
     "gemm_fp",
     "gemm_pack",
     "gemm_wg",
-    "has_decoder",
     "has_memory",
     "kept_lists",
     "lstm_backward",

@@ -183,9 +183,9 @@ class DecoderGradients(NamedTuple):
 class Backend(ABC):
     """Kernels for one kind of device.
 
-    Results are memory of their own: no views, since torch forbids to write into a view that an autograd function
-    returns, and not the memory of what a backward pass reads, since a write there would go unseen. They have the dtype
-    of the activations; sums of half types are float32. Nothing here is differentiable by itself.
+    Results of forward passes are memory of their own: no views, since torch forbids to write into a view that an
+    autograd function returns, and not the memory of what a backward pass reads, since a write there would go unseen.
+    They have the dtype of the activations; sums of half types are float32. Nothing here is differentiable by itself.
     """
 
     name: str

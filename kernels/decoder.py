@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
 
 
-def has_decoder(device: torch.device, dtype: torch.dtype) -> bool:
+def decodes_at_once(device: torch.device, dtype: torch.dtype) -> bool:
     """The backend for such tensors is faster with :func:`decoder_forward` than with the steps one by one."""
     return choose("lstm", device, dtype, counted=False).decodes_at_once
 
@@ -94,7 +94,7 @@ def _check(weights: DecoderWeights, inputs: DecoderInputs, patterns: DecoderPatt
         size = hidden if layer else embed + hidden
         if (cell.input_size, cell.hidden_size) != (size, hidden):
             raise ValueError(f"layer {layer} takes {cell.input_size} inputs, must take {size}")
-    operands: list[Any] = [memory, *weights.cells, weights.join]
+    operands: list[Any] = [memory, *weights.cells, weights.join, *([weights.query] if weights.query else [])]
     for other in operands:
         if other.dtype != emb.dtype or other.device != emb.device:
             raise TypeError(f"emb is {emb.dtype} on {emb.device}, another operand {other.dtype} on {other.device}")

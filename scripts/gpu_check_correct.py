@@ -286,7 +286,7 @@ def check(section: Section, machine: Machine) -> None:
         section.part("on another stream", partial(on_a_stream, machine))
     runs = [(*kind, precision) for kind in kinds for precision in PRECISIONS]
     for i, (name, cases, kind, forced, precision) in enumerate(runs):
-        if name == "decoder" and not _has_decoder(machine, precision):
+        if name == "decoder" and not _decodes_at_once(machine, precision):
             continue
         # None takes the time of all the others, the first of which compile what later ones find compiled.
         seconds = max(1.0, min(section.left(), 4 * section.left() / (len(runs) - i)))
@@ -298,9 +298,9 @@ def check(section: Section, machine: Machine) -> None:
         section.part("the repository's tests", lambda: own_tests(section.left()), 30.0, math.inf)
 
 
-def _has_decoder(machine: Machine, precision: Precision) -> bool:
+def _decodes_at_once(machine: Machine, precision: Precision) -> bool:
     try:
         with machine.ours():
-            return kernels.has_decoder(machine.device, precision.dtype)
+            return kernels.decodes_at_once(machine.device, precision.dtype)
     except BackendError:
         return False

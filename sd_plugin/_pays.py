@@ -26,7 +26,7 @@ def _asked_for() -> int | None:
 
 
 #: The same for all devices, as ``SD_PLUGIN_SKIP_FROM`` wants it; None: what was measured. Read once.
-ASKED_FOR: float | None = _asked_for()
+ASKED_FOR: int | float | None = _asked_for()
 
 
 def product_pays(multiply_adds: int, device: torch.device) -> bool:

@@ -33,7 +33,7 @@ def count(what: str, detail: object = None) -> None:
 
 
 def lines(dropped: bool) -> list[str]:
-    """One of each, most frequent first, and what cannot be seen; none if no patch has counted or said anything.
+    """One of each, most frequent first, and what cannot be seen; none if nobody has counted or said anything.
 
     Args:
         dropped: some unit was, so that nothing left is good news.

@@ -107,10 +107,10 @@ class _AttentionalDecoder(Operation):
 
 
 def is_available(like: Tensor) -> bool:
-    """The backend for tensors like this one has the whole decoder in one piece."""
+    """The backend for tensors like this one is faster with the whole decoder at once."""
     if autocast_dtype(like.device.type) is not None or not has_memory(like):
         return False
-    return kernels.has_decoder(like.device, like.dtype)
+    return kernels.decodes_at_once(like.device, like.dtype)
 
 
 @opaque

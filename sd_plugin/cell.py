@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import _report, hints
+from . import _check, _report, hints
 from ._pays import step_pays
 from .dropout import StructuredDropout
 from .functional import Operand
@@ -146,7 +146,8 @@ class StackedRun:
         self._draw_kwargs = {"sampling": stack.sampling, "device": like.device, "dtype": like.dtype}
         self.parameters = [_parameters_of(cell) for cell in stack.layers]
         weights = sum(weight.numel() for parameters in self.parameters for weight in parameters[:2])
-        self.skips = stack.dropout_mode != "random" and step_pays(batch * weights, like.device)
+        pays = _check.ENABLED or step_pays(batch * weights, like.device)
+        self.skips = stack.dropout_mode != "random" and pays
         self._layers: list[SteppedLayer] = []
         site = stack.site
         self._recurrent = [
@@ -192,10 +193,12 @@ class StackedRun:
         if self.skips:
             self._layers = [SteppedLayer(parameters) for parameters in self.parameters]
             return
-        for dropout in (*self._recurrent, *self._between, self._output):
+        dropouts = (*self._recurrent, *self._between, self._output)
+        for dropout in dropouts:
             dropout.waive()
-        if self._stack.dropout_mode != "random":
-            _report.count("steps of cells, too small to gain from skipping", f"{self._stack.hidden_size} units")
+        if any(isinstance(dropout.pattern, Kept) for dropout in dropouts):
+            units = f"{self._stack.hidden_size} units"
+            _report.count("sequences of cell steps that would not gain from skipping", units)
 
     def _cell(self, layer: int, t: int, x: Tensor, state: State) -> State:
         if not self.skips:

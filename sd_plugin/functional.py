@@ -216,7 +216,7 @@ def _is_worth_skipping(x: Tensor, weight: Tensor) -> bool:
     """``x`` and ``weight`` make a product that gains from it, or somebody wants its hint verified."""
     if _check.ENABLED or product_pays(x.shape[:-1].numel() * weight.numel(), x.device):
         return True
-    _report.count("products of linear layers, too small to gain from skipping", f"{weight.shape[1]} units")
+    _report.count("products of linear layers, too small to gain from skipping", f"{x.shape[-1]} units")
     return False
 
 
@@ -236,7 +236,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, native: boo
         ``[..., N]``.
 
     Raises:
-        ValueError: shapes disagree. TypeError: dtypes or devices disagree.
+        ValueError: shapes disagree. TypeError: dtypes or devices disagree. RuntimeError: either, where torch does it.
     """
     hint = hints.lookup(x)
     if native and hint is not None and not _is_worth_skipping(x, weight):

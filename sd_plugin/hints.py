@@ -34,26 +34,28 @@ _ATTRIBUTE = "_sd_hint"
 class Draw:
     """One drawn pattern: counted once when drawn, and once when the first product uses it."""
 
-    __slots__ = ("_open", "site")
+    __slots__ = ("_used", "_waived", "site")
 
     def __init__(self, site: str, kept: Kept) -> None:
         self.site = site
-        self._open = True
+        self._used = self._waived = False
         stats.count_draw(site, kept)
         if _check.ENABLED:
             _check.check_order(kept, site)
 
     def use(self) -> None:
-        """A product visits its kept units only."""
-        if self._open:
-            self._open = False
+        """A product visits its kept units only; what another one has waived counts as used then."""
+        if not self._used:
             stats.count_use(self.site)
+            if self._waived:
+                stats.count_waived(self.site, -1)
+        self._used, self._waived = True, False
 
     def waive(self) -> None:
-        """No product with a weight follows this dropout, so there is nothing to skip and nothing lost."""
-        if self._open:
-            self._open = False
+        """No product with a weight follows this dropout, or one too small to gain: nothing is lost."""
+        if not self._used and not self._waived:
             stats.count_waived(self.site)
+            self._waived = True
 
 
 class Part:
@@ -196,7 +198,7 @@ def _routes(tensor: Tensor, hint: Hint) -> list[Route]:
 
 
 def waive(tensor: Tensor) -> Tensor:
-    """Tell the counters that no product follows ``tensor``: its pattern is not lost for want of one."""
+    """Tell the counters that no product of ``tensor`` is to skip: its pattern is not lost for want of one."""
     hint = lookup(tensor)
     if hint is not None:
         for part in hint.parts:

@@ -92,9 +92,9 @@ def count_use(site: str) -> None:
     _sites.setdefault(site, Site()).used += 1
 
 
-def count_waived(site: str) -> None:
-    """A pattern of ``site`` is followed by no product with a weight."""
-    _sites.setdefault(site, Site()).waived += 1
+def count_waived(site: str, count: int = 1) -> None:
+    """``count`` patterns of ``site`` are followed by no product with a weight, or by one too small to gain."""
+    _sites.setdefault(site, Site()).waived += count
 
 
 def count_product(site: str, kept: Kept, rows: int, columns: int, backend: str) -> None:
@@ -119,7 +119,7 @@ def lines() -> list[str]:
 
 def _table() -> list[str]:
     """The title, a row per site, and what they come to."""
-    table = [("site", "patterns", "units dropped", "multiply-adds skipped", "no product follows", "hints lost")]
+    table = [("site", "patterns", "units dropped", "multiply-adds skipped", "nothing to gain", "hints lost")]
     for name, site in _sites.items():
         dropped, skipped = _percent(site.dropped, site.units), _percent(site.skipped, site.dense)
         table.append((name, str(site.drawn), dropped, skipped, str(site.waived), str(site.lost)))

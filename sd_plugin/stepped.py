@@ -15,7 +15,7 @@ import torch
 from . import _stash, kernels
 from ._autocast import cast_for_autocast, without_autocast
 from ._compile import opaque
-from .functional import LayerCall, Operand, Operation, layer_gradients, once_differentiable
+from .functional import LayerCall, Operand, Operation, layer_gradients, once_differentiable, pack_parameters
 from .kernels import TIME_MAJOR, Kept, LSTMResultGradients, Steps, Wanted
 
 if TYPE_CHECKING:
@@ -159,7 +159,9 @@ class _Step(Operation):
         gradients = LSTMResultGradients(torch.zeros_like(dh).unsqueeze(0), dh, dc)
         grads, input = layer_gradients(layer, packed, x.unsqueeze(0), saved, gradients, wanted)
         if grads.gates is not None:
-            ctx.call.gathered.add(_Finished(x, input, h0, layer.recurrent.pattern, grads.gates[0]))
+            # Detached: with their own graph they would hold on to this one, through the steps before them.
+            finished = _Finished(x.detach(), input, h0.detach(), layer.recurrent.pattern, grads.gates[0])
+            ctx.call.gathered.add(finished)
         dx = None if grads.x is None else grads.x[0]
         return dx, grads.h0, grads.c0, torch.zeros_like(token) if needs_weights else None, None, None
 
@@ -185,13 +187,10 @@ class SteppedLayer:
 
     @opaque
     def __init__(self, parameters: Parameters) -> None:
-        weight_ih, weight_hh, bias_ih, bias_hh = cast_for_autocast(*parameters)
-        assert weight_ih is not None
-        assert weight_hh is not None
-        with torch.no_grad():
-            self._packed = kernels.lstm_pack(weight_ih, weight_hh, bias_ih, bias_hh)
+        self._parameters = parameters
+        self._packed = pack_parameters(parameters)
         self._gathered = _Gathered()
-        self._token: Tensor = _Weights.apply(weight_ih, weight_hh, bias_ih, bias_hh, self._gathered)
+        self._token: Tensor | None = None
 
     @opaque
     def step(self, x: Tensor, state: State, input: Operand, recurrent: Operand) -> State:
@@ -210,6 +209,9 @@ class SteppedLayer:
         x, h, c = cast_for_autocast(x, *state)  # type: ignore[assignment]
         if isinstance(recurrent.pattern, torch.Tensor):
             recurrent.pattern = recurrent.pattern.to(x.dtype)
+        # Steps may run without a graph before one that has it: a checkpoint runs them so, and again, one by one.
+        if self._token is None or (torch.is_grad_enabled() and not self._token.requires_grad):
+            self._token = _Weights.apply(*cast_for_autocast(*self._parameters), self._gathered)
         call = _StepCall(LayerCall(input, recurrent, TIME_MAJOR), self._gathered)
         h, c = _Step.apply(x, h, c, self._token, self._packed, call)
         return h, c

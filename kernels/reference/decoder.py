@@ -54,7 +54,11 @@ def decoder_backward(
         results = _equations(
             _Weights(cells, query, join), given._replace(emb=emb, memory=memory, h0=h0, c0=c0, feed0=feed0), patterns
         )
-        told = [(result, d.to(math)) for result, d in zip(results, gradients, strict=True) if d is not None]
+        told = [
+            (result, d.to(math))
+            for result, d in zip(results, gradients, strict=True)
+            if d is not None and result.requires_grad  # an empty target's are made of nothing
+        ]
         found = torch.autograd.grad(
             [result for result, _ in told], leaves, [d for _, d in told], allow_unused=True, materialize_grads=True
         )
@@ -95,7 +99,8 @@ def _equations(
         x = _cells(weights, (emb_t, feed), (h, c), patterns, t)
         scored = x if weights.query is None else x @ weights.query
         scores = torch.einsum("bh,bsh->bs", scored, memory)
-        align = scores.masked_fill(beyond, -float("inf")).softmax(1)
+        # Zeros for a source of no positions, too, of which minus infinity would make what is no number.
+        align = scores.masked_fill(beyond, torch.finfo(scores.dtype).min).softmax(1).masked_fill(beyond, 0)
         context = torch.einsum("bs,bsh->bh", align, memory)
         feed = _dropped((torch.cat([context, x], 1) @ weights.join).tanh(), StepPattern(patterns.output, t))
         outputs.append(feed)

@@ -245,7 +245,7 @@ class StructuredInputFeedRNNDecoder(InputFeedRNNDecoder):
         return state, hints.vouch(drop.stack(outputs, _BATCH_FIRST)), record.stacked()
 
     def _is_one_operation(self, emb: Tensor) -> bool:
-        """Nothing about this decoder needs its steps one by one, and the backend has it in one piece.
+        """Nothing about this decoder needs its steps one by one, and the backend is faster without.
 
         What may stand between two steps: another attention than Luong's, a gate, and an attention that somebody has
         replaced or hooked. Coverage and copy attention do not: nothing of them is fed back. (Hooks of the cells are

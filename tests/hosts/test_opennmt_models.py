@@ -91,7 +91,7 @@ TOGETHER = [
 ]
 
 
-@pytest.mark.skipif(not is_available(torch.zeros(1)), reason="no backend here has the decoder in one piece")
+@pytest.mark.skipif(not is_available(torch.zeros(1)), reason="no backend here is faster with the decoder at once")
 @pytest.mark.parametrize("sampling", ["exact", "bernoulli"])
 @pytest.mark.parametrize("changes", TOGETHER, ids=lambda c: "-".join(f"{k}={v}" for k, v in c.items()))
 def test_the_decoder_in_one_piece_is_the_one_of_many_steps(

@@ -179,6 +179,9 @@ def test_shapes_are_checked(backend: str) -> None:
         decoder_forward(weights, inputs, DecoderPatterns(None, None, (), (), None, None))
     with pytest.raises(TypeError, match=r"another operand torch\.float64"):
         decoder_forward(weights, inputs._replace(memory=inputs.memory.double()), nothing)
+    query = gemm_pack(torch.ones(4, 4))._replace(dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"another operand torch\.float64"):
+        decoder_forward(weights._replace(query=query), inputs, nothing)
     kept = Kept.all(4, 4)
     with pytest.raises(ValueError, match="kept units are 4 steps of 4, the product has 5 of 4"):
         decoder_forward(weights, inputs, DecoderPatterns(None, None, (), (kept,), None, None))
@@ -187,3 +190,27 @@ def test_shapes_are_checked(backend: str) -> None:
     for name, wrong in (("dy", {"y": state}), ("dh_n", {"h_n": state[0]}), ("dalign", {"align": state})):
         with pytest.raises(ValueError, match=f"{name} must be"):
             decoder_backward(weights, inputs, result.saved, right._replace(**wrong), nothing)
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_nothing_to_attend_to_and_nothing_to_say(backend: str, device: str, count: int) -> None:
+    """A source of no positions gives a context of zeros, and an empty target the states that it got."""
+    weights = DecoderWeights(
+        (lstm_pack(torch.ones(16, 7, device=device), torch.ones(16, 4, device=device)),),
+        None,
+        gemm_pack(torch.ones(8, 4, device=device)),
+    )
+    nothing = DecoderPatterns(None, None, (), (None,), None, None)
+    state = torch.ones(1, 2, 4, device=device)
+    inputs = DecoderInputs(
+        torch.ones(2, count, 3, device=device), torch.ones(2, 6, 4, device=device),
+        torch.tensor([6, 0], dtype=torch.int32, device=device), state, state, torch.ones(2, 4, device=device),
+    )  # fmt: skip
+    result = decoder_forward(weights, inputs, nothing)
+    got = decoder_backward(weights, inputs, result.saved, DecoderResultGradients(*result[:4]), nothing)
+    assert torch.equal(result.align[:, 1], torch.zeros(count, 6, device=device))
+    flat = [*result[:4], *got[:5], *got.cells[0], got.join]
+    assert all(bool(tensor.isfinite().all()) for tensor in flat if tensor is not None)
+    if not count:
+        assert torch.equal(result.h_n, state)
+        assert torch.equal(got.h0, state)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from sd_plugin import Case, StackedStructuredLSTM, StructuredDropout, StructuredLinear, _pays, stats, stepped
+from sd_plugin.cell import StackedRun
 from sd_plugin.patterns import draw as draw_pattern
 
 from .. import truth
@@ -180,7 +184,7 @@ def test_products_skip_what_each_step_dropped(pays_from: float) -> None:
     assert set(sites) == {"dropout", "cell.l0.recurrent", "cell.l1.recurrent", "cell.between", "cell.output"}
     if pays_from:
         assert all((site.drawn, site.waived, site.dense) == (1, 1, 0) for site in list(sites.values())[1:])
-        assert "steps of cells, too small to gain from skipping (8 units): 1" in stats.report()
+        assert "sequences of cell steps that would not gain from skipping (8 units): 1" in stats.report()
         return
     for site in sites.values():
         assert (site.drawn, site.lost) == (3, 0)
@@ -244,6 +248,77 @@ def test_a_backward_pass_takes_its_own_steps_only() -> None:
     second_half = torch.autograd.grad(outputs[2:].sum(), parameters, retain_graph=True)
     assert_close(list(torch.autograd.grad(outputs.sum(), parameters)), list(expected))
     assert_close([a + b for a, b in zip(first_half, second_half, strict=True)], list(expected))
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_steps_without_a_graph_come_before_those_with_one(first: int) -> None:
+    torch.manual_seed(0)
+    module = stack(2, 3, 4)
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+
+    def loss(step: Callable[[int, Tensor, States], tuple[Tensor, States]]) -> Tensor:
+        states, total = zeros(module, 2), torch.zeros(())
+        for t in range(4):
+            with torch.set_grad_enabled(t >= first):
+                y, states = step(t, x[t], states)
+                total = total + y.square().sum()
+        return total
+
+    got = torch.autograd.grad(loss(module.start(4, 2, x).step), list(module.parameters()))
+    module.eval()
+    expected = torch.autograd.grad(loss(lambda t, x, state: module(x, state)), list(module.parameters()))
+    assert_close(list(got), list(expected))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_steps_can_be_checkpointed_one_by_one(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    module = stack(2, 3, 4)
+    x = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def gradient(step: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        (h, c), outputs = zeros(module, 2), []
+        for t in range(3):
+            y, h, c = step(t, x[t], h, c)
+            outputs.append(y)
+        module.zero_grad()
+        torch.stack(outputs).square().sum().backward()
+        return [parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None]
+
+    # A reentrant checkpoint sees the tensors that it is given by themselves.
+    def flat(run: StackedRun) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        def step(t: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            y, (h, c) = run.step(t, x, (h, c))
+            return y, h, c
+
+        return step
+
+    once = flat(module.start(3, 2, x))
+    got = gradient(lambda *arguments: checkpoint(once, *arguments, use_reentrant=reentrant))
+    assert_close(got, gradient(flat(module.start(3, 2, x))))
+
+
+def test_a_backward_pass_that_fails_keeps_nothing_alive() -> None:
+    """torch calls nobody at the end of such a pass."""
+    module = stack(2, 3, 4)
+    x = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def fail(_: Tensor) -> None:
+        raise RuntimeError("half way")
+
+    def run() -> weakref.ref[Any]:
+        one = module.start(4, 2, x)
+        y, states = one.step(0, x[0] * 1, zeros(module, 2))
+        y.register_hook(fail)
+        for t in range(1, 4):
+            y, states = one.step(t, y.sum() + x[t], states)
+        with pytest.raises(RuntimeError, match="half way"):
+            y.sum().backward()
+        return weakref.ref(one)
+
+    left = run()
+    gc.collect()
+    assert left() is None
 
 
 def test_nothing_of_a_pass_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,18 @@ def test_a_small_product_is_torchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (site.drawn, site.waived) == (3, 2)
 
 
+def test_what_only_a_small_product_has_left_out_can_be_used_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = StructuredDropout(0.5)(torch.randn(3, 2, UNITS))
+    small, large = StructuredLinear(UNITS, COLUMNS), StructuredLinear(UNITS, 2 * COLUMNS)
+    monkeypatch.setattr(_pays, "ON_CPU", ROWS * UNITS * COLUMNS + 1)
+    site = stats.sites()["dropout"]
+    counts = []
+    for layer in (small, large, small):
+        layer(x)
+        counts.append((site.drawn, site.used, site.waived, site.lost))
+    assert counts == [(1, 0, 1, 0), (1, 1, 0, 0), (1, 1, 0, 0)]
+
+
 def test_who_asks_for_a_check_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_check, "ENABLED", True)
     run(StructuredLinear(UNITS, COLUMNS, dtype=torch.float64))

@@ -65,7 +65,7 @@ def test_report_has_a_row_per_site() -> None:
     title, head, used, unused, total, sampling, fallen = report().splitlines()
     assert re.fullmatch(rf"{stats.TITLE} \(backend: \w+\)", title)
     assert [part.strip() for part in head.split("  ") if part.strip()] == [
-        "site", "patterns", "units dropped", "multiply-adds skipped", "no product follows", "hints lost",
+        "site", "patterns", "units dropped", "multiply-adds skipped", "nothing to gain", "hints lost",
     ]  # fmt: skip
     assert used.split() == ["used", "1", "25.0%", "25.0%", "0", "0"]
     assert unused.split() == ["of", "no", "use", "2", "50.0%", "-", "0", "2"]

@@ -15,8 +15,8 @@ struct sd_decoder {
   const void *const *w, *const *u, *const *bias;  // packed, of each layer; a layer's bias may be null
   const void *w_in, *w_out;           // packed [hidden][hidden] (null: dot) and [2 hidden: context, query][hidden]
   sd_rows emb;
-  const sd_kept *kept_input;              // input of each layer; the first's: embed + hidden units, embedding and feed
-  const sd_kept *kept_recurrent;              // h_{t-1} of each layer
+  const sd_kept *kept_input;          // input of each layer; the first's: embed + hidden units, embedding and feed
+  const sd_kept *kept_recurrent;      // h_{t-1} of each layer
   sd_kept kept_query, kept_out;       // of the last layer's output; of the decoder's
   // Multipliers [count][batch][hidden] beside lists of all units, or null: of h_{t-1} of each layer, of each layer's
   // output but the last's, and of the two above.
