@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import torch
 
@@ -23,6 +23,10 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_gpu_dtype() if torch.is_autocast_enabled() else None
 
 
+@overload
+def cast_for_autocast(*tensors: Tensor) -> tuple[Tensor, ...]: ...
+@overload
+def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]: ...
 def cast_for_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """``tensors`` in autocast's dtype when it is on, as it does for ``nn.LSTM`` and ``nn.Linear``.
 

@@ -12,8 +12,8 @@ from ._environment import read_skip_from
 if TYPE_CHECKING:
     import torch
 
-#: Multiply-adds from which a product gains on a CPU. Measured with 1 thread and AVX2, p = .3 to .65: below it, a linear
-#: layer took up to 2.4 times as long as torch's, which is a millisecond.
+#: Multiply-adds from which a product gains on a CPU, for any p from 0.3 on: with AVX2 and 1 thread, small linear layers
+#: that skip take more than twice as long as torch's (benchmarks/small_products.py, results/small_products.md).
 ON_CPU = 96_000_000
 
 

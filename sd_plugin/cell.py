@@ -142,13 +142,13 @@ class StackedRun:
 
     def __init__(self, stack: StackedStructuredLSTM, steps: int, batch: int, like: Tensor) -> None:
         self._stack = stack
-        self._draw_args = (steps, batch, stack.hidden_size)
-        self._draw_kwargs = {"sampling": stack.sampling, "device": like.device, "dtype": like.dtype}
+        self._steps, self._batch, self._device, self._dtype = steps, batch, like.device, like.dtype
         self.parameters = [_parameters_of(cell) for cell in stack.layers]
         weights = sum(weight.numel() for parameters in self.parameters for weight in parameters[:2])
         pays = _check.ENABLED or step_pays(batch * weights, like.device)
         self.skips = stack.dropout_mode != "random" and pays
         self._layers: list[SteppedLayer] = []
+        self._has_begun = False
         site = stack.site
         self._recurrent = [
             self._dropout(stack.recurrent_dropout, f"{site}.l{layer}.recurrent") for layer in range(stack.num_layers)
@@ -157,7 +157,9 @@ class StackedRun:
         self._output = self._dropout(stack.output_dropout, f"{site}.output")
 
     def _dropout(self, p: float, site: str) -> SteppedDropout:
-        pattern = draw(self._stack.case, *self._draw_args, p, **self._draw_kwargs)  # type: ignore[arg-type]
+        stack = self._stack
+        sizes = (self._steps, self._batch, stack.hidden_size)
+        pattern = draw(stack.case, *sizes, p, sampling=stack.sampling, device=self._device, dtype=self._dtype)
         return SteppedDropout(pattern, site, self.skips)
 
     def operands(self, output: SteppedDropout) -> tuple[list[Operand], list[Operand], Operand, Operand]:
@@ -179,7 +181,7 @@ class StackedRun:
         Returns:
             ``[B, H]``, with its hint, and ``h`` and ``c``, ``[num_layers, B, H]``.
         """
-        if not t:
+        if not self._has_begun:
             self._begin()
         states = []
         for layer, (h, c) in enumerate(zip(*self._stack.own_states(hidden), strict=True)):
@@ -189,7 +191,8 @@ class StackedRun:
         return input, (torch.stack([h for h, _ in states]), torch.stack([c for _, c in states]))
 
     def _begin(self) -> None:
-        """Before the first step: either each layer's weights are packed, or it is told that nothing will be skipped."""
+        """Before the step that is run first: weights are packed, or it is told that nothing will be skipped."""
+        self._has_begun = True
         if self.skips:
             self._layers = [SteppedLayer(parameters) for parameters in self.parameters]
             return

@@ -97,9 +97,10 @@ class _Weights(Operation):
         with without_autocast(gates.device.type):
             weight_ih = _input_product(steps, rows, gates, layout) if needs_ih else None
             weight_hh = _recurrent_product(steps, rows, gates, layout) if needs_hh else None
-        # Each its own: torch may accumulate into the tensor it is given.
-        biases = [gates.flatten(0, -2).sum(0) if needs else None for needs in (needs_bias_ih, needs_bias_hh)]
-        return weight_ih, weight_hh, *biases, None
+        bias = gates.flatten(0, -2).sum(0) if needs_bias_ih or needs_bias_hh else None
+        # A copy: torch may accumulate into the tensor it is given.
+        bias_hh = bias.clone() if needs_bias_hh and bias is not None else None
+        return weight_ih, weight_hh, bias if needs_bias_ih else None, bias_hh, None
 
 
 def _joined(parts: list[Tensor], rows: tuple[int, ...]) -> Tensor:
@@ -118,8 +119,8 @@ def _recurrent_product(steps: list[_Finished], rows: tuple[int, ...], gates: Ten
     operands, patterns = [], []
     for step in steps:
         pattern = step.recurrent
-        is_mask = isinstance(pattern, torch.Tensor)
-        operands.append(step.h * pattern[0, : step.h.shape[0]] if is_mask else step.h)  # type: ignore[index]
+        mask = pattern[0, : step.h.shape[0]] if isinstance(pattern, torch.Tensor) else None
+        operands.append(step.h if mask is None else step.h * mask)
         patterns.append(pattern if isinstance(pattern, Kept) else None)
     h = _joined(operands, rows)
     return kernels.gemm_wg(h, gates, _in_time(patterns, h), layout).t()
@@ -206,7 +207,7 @@ class SteppedLayer:
         Raises:
             ValueError: shapes or sizes disagree. TypeError: dtypes or devices disagree.
         """
-        x, h, c = cast_for_autocast(x, *state)  # type: ignore[assignment]
+        x, h, c = cast_for_autocast(x, *state)
         if isinstance(recurrent.pattern, torch.Tensor):
             recurrent.pattern = recurrent.pattern.to(x.dtype)
         # Steps may run without a graph before one that has it: a checkpoint runs them so, and again, one by one.

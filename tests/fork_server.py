@@ -55,6 +55,7 @@ def be(task: dict[str, Any]) -> None:
     except BaseException:
         traceback.print_exc()
     # All that Python does at its end, except for taking apart every module, which takes longer than most programs.
+    # Nothing public does it; to join the threads would wait for ever for those of concurrent.futures.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()

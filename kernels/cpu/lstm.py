@@ -66,10 +66,9 @@ class _Arguments:
 
     def __init__(self, packed: PackedLSTM, x: Tensor, h0: Tensor | None, saved: Saved, call: LSTMCall) -> None:
         hidden, inputs, recurrent = packed.hidden, packed.inputs, call.recurrent
-        is_mask = isinstance(recurrent, torch.Tensor)
         mask = recurrent.to(x.dtype).contiguous() if isinstance(recurrent, torch.Tensor) else None
         kept_input, input_indices = c_kept(call.input, inputs)
-        kept_recurrent, recurrent_indices = c_kept(None if is_mask else recurrent, hidden)  # type: ignore[arg-type]
+        kept_recurrent, recurrent_indices = c_kept(recurrent if isinstance(recurrent, Kept) else None, hidden)
         self.alive = (packed, x, mask, input_indices, recurrent_indices, saved, h0)
         self.steps = c_steps(x, call.steps)
         self.structure = CLSTM(
@@ -122,12 +121,12 @@ def lstm_backward(
     du = empty(4 * hidden, hidden, dtype=math) if wanted.weight_hh else None
     dbias = x.new_empty(4 * hidden) if wanted.bias else None
     dgates = empty(*x.shape[:-1], 4 * hidden, dtype=math) if wanted.gates else None
-    arguments = _Arguments(packed, x, None, Saved(*saved), call)
+    arguments = _Arguments(packed, x, None, saved, call)
     grad = CLSTMGrad(
         c_rows(dy, steps), pointer(dh_n), pointer(dc_n),
         CRows() if dx is None else c_rows(dx, steps), pointer(dh0), pointer(dc0),
         pointer(dw), pointer(du), pointer(dbias), CRows() if dgates is None else c_rows(dgates, steps),
     )  # fmt: skip
     function("sd_lstm_backward", math)(torch.get_num_threads(), byref(arguments.structure), byref(grad))
-    grads = (dx, dh0, dc0, dw, du, dbias, dgates)
-    return LSTMGradients(*(None if tensor is None else tensor.to(dtype) for tensor in grads))  # type: ignore[arg-type]
+    dx, dw, du, dbias, dgates = (None if d is None else d.to(dtype) for d in (dx, dw, du, dbias, dgates))
+    return LSTMGradients(dx, dh0.to(dtype), dc0.to(dtype), dw, du, dbias, dgates)

@@ -93,16 +93,16 @@ def lstm_backward(
     wanted: Wanted,
 ) -> LSTMGradients:
     """Back-propagation through time of :func:`lstm_forward`: BP per step, WG once over all steps."""
-    math, to, steps, found = opmath(x.dtype), x.dtype, call.steps, Saved(*saved)
+    math, to, steps = opmath(x.dtype), x.dtype, call.steps
     dpre, dh0, dc0 = _backward_through_time(
-        packed.weight_hh_t, LSTMResultGradients(*(gradient.to(math) for gradient in gradients)), call, found
+        packed.weight_hh_t, LSTMResultGradients(*(gradient.to(math) for gradient in gradients)), call, saved
     )
     return LSTMGradients(
         x=gemm_bp(dpre, packed.weight_ih_t, call.input, steps).to(to) if wanted.x else None,
         h0=dh0.to(to),
         c0=dc0.to(to),
         weight_ih=gemm_wg(x.to(math), dpre, call.input, steps).t().to(to) if wanted.weight_ih else None,
-        weight_hh=_recurrent_weight_gradient(found.h_before, dpre, call.recurrent, steps).t().to(to)
+        weight_hh=_recurrent_weight_gradient(saved.h_before, dpre, call.recurrent, steps).t().to(to)
         if wanted.weight_hh
         else None,
         bias=dpre.flatten(0, -2).sum(0).to(to) if wanted.bias else None,

@@ -94,3 +94,14 @@ def test_tables_are_markdown_and_say_they_are_tiny(program: Program, tiny_run: T
     only = program("table.py", tiny_run.path, "--only", "steps").stdout
     assert "**whole training steps**" in only and "by themselves" not in only
     assert program("table.py", tiny_run.path, "--only", "x").returncode == 2
+
+
+def test_small_products_are_timed_both_ways(program: Program) -> None:
+    done = program("small_products.py", "--small", "--repeats", 1, "--p", 0.5)
+    assert done.returncode == 0, done.stderr
+    *_, linear, cells = [line.split(" | ") for line in done.stdout.splitlines()]
+    assert (linear[0], cells[0]) == ("| linear, 32 x 256 -> 256", "| cells, 64 units, batch 32")
+    assert all(float(cell.strip(" |")) > 0 for row in (linear, cells) for cell in row[2:])
+    refused = program("small_products.py", "--p", 1)
+    assert refused.returncode == 2
+    assert "between 0 and 1" in refused.stderr

@@ -270,6 +270,19 @@ def test_steps_without_a_graph_come_before_those_with_one(first: int) -> None:
     assert_close(list(got), list(expected))
 
 
+def test_steps_may_be_run_in_any_order_and_again() -> None:
+    torch.manual_seed(0)
+    module = stack(2, 3, 4, p=0.5)
+    x = torch.randn(3, 2, 3, dtype=torch.float64)
+    torch.manual_seed(1)
+    run = module.start(3, 2, x)
+    found = {t: run.step(t, x[t], zeros(module, 2))[0] for t in (2, 0, 1, 0)}
+    torch.manual_seed(1)
+    run = module.start(3, 2, x)
+    for t in range(3):
+        assert_close(found[t], run.step(t, x[t], zeros(module, 2))[0])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_steps_can_be_checkpointed_one_by_one(reentrant: bool) -> None:
     torch.manual_seed(0)
